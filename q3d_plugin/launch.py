@@ -1,0 +1,135 @@
+"""Hands a command line over to the framework's own ``tools/test.py`` or ``tools/train.py``, unchanged.
+
+The framework is told by the config: a ``.py`` file is MMDetection3D's, a ``.yaml`` file OpenPCDet's.
+"""
+
+import os
+import runpy
+import sys
+import uuid
+from pathlib import Path
+
+from q3d_plugin.errors import Q3DError
+
+__all__ = ['find_config', 'find_script', 'main']
+
+
+def find_config(argv: list) -> Path:
+    """The config among the arguments: ``--cfg_file X``, ``--cfg_file=X`` or the first ``.py`` / ``.yaml``
+    file.
+
+    Args:
+        argv: The arguments without the name of the script.
+
+    Returns:
+        Path: The config file, which exists.
+
+    Raises:
+        Q3DError: No argument looks like a config, or the file is not there.
+    """
+    given = None
+    for i, arg in enumerate(argv):
+        if arg == '--cfg_file' and i + 1 < len(argv):
+            given = argv[i + 1]
+        elif arg.startswith('--cfg_file='):
+            given = arg.split('=', 1)[1]
+    if given is None:
+        given = next(
+            (a for a in argv if a.endswith(('.py', '.yaml', '.yml')) and not a.startswith('-')), None
+        )
+    if given is None:
+        raise Q3DError(
+            'no config among the arguments: give a .py file (MMDetection3D) or --cfg_file with a .yaml file '
+            '(OpenPCDet)'
+        )
+    path = Path(given)
+    if not path.is_file():
+        raise Q3DError(f'config {given!r} is not a file (looked in {Path.cwd()})')
+    return path
+
+
+def find_script(name: str, root: str = None) -> Path:
+    """MMDetection3D's own script: from ``root`` (a source checkout), else from the installed wheel.
+
+    Args:
+        name: ``'test.py'`` or ``'train.py'``, or another path under ``tools/``.
+        root: A source checkout; the environment variable ``MMDET3D_ROOT`` where none is given.
+
+    Raises:
+        Q3DError: MMDetection3D is not installed, or has no such script.
+    """
+    root = root or os.environ.get('MMDET3D_ROOT')
+    if root:
+        script = Path(root) / 'tools' / name
+        if not script.is_file():
+            raise Q3DError(f'MMDET3D_ROOT={root!r} has no tools/{name}: name a checkout of MMDetection3D')
+        return script
+    try:
+        import mmdet3d
+    except ImportError as error:
+        raise Q3DError(f'a .py config needs MMDetection3D, which does not import here: {error}') from error
+    package = Path(mmdet3d.__file__).parent
+    for script in (package / '.mim' / 'tools' / name, package.parent / 'tools' / name):
+        if script.is_file():
+            return script
+    raise Q3DError(f'{package} has no tools/{name}: set MMDET3D_ROOT to a checkout of MMDetection3D')
+
+
+def check_writable(folder: Path) -> None:
+    """Raises :class:`Q3DError` unless files can be made in ``folder``, which need not exist yet."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise Q3DError(f'work_dir {str(folder)!r} cannot be made: {existing} is a file, not a folder')
+    probe = existing / f'.q3d-{uuid.uuid4().hex}'
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise Q3DError(f'work_dir {str(folder)!r} cannot be written: {error.strerror}') from error
+
+
+def _work_dir(argv: list, config: Path) -> Path:
+    """Where MMDetection3D's scripts will write, by their own rule: argument, config, name of the config."""
+    from mmengine.config import Config
+
+    for i, arg in enumerate(argv):
+        if arg == '--work-dir' and i + 1 < len(argv):
+            return Path(argv[i + 1])
+        if arg.startswith('--work-dir='):
+            return Path(arg.split('=', 1)[1])
+    given = Config.fromfile(str(config), import_custom_modules=False).get('work_dir')
+    return Path(given) if given else Path('work_dirs') / config.stem
+
+
+def main(name: str) -> None:
+    """Registers the plugin, then runs the framework's script ``name`` with the arguments in ``sys.argv``.
+
+    A mistake of the user ends the process with one line and exit status 2, before anything is loaded.
+
+    Args:
+        name: ``'test.py'`` or ``'train.py'``.
+    """
+    argv = sys.argv[1:]
+    # Python puts the folder of this repository's script first on the path: its neighbours (profile.py and
+    # such) would shadow modules of the standard library inside the framework.
+    here = os.path.dirname(os.path.abspath(sys.argv[0]))
+    sys.path[:] = [p for p in sys.path if os.path.abspath(p or '.') != here]
+    helping = '-h' in argv or '--help' in argv
+    try:
+        config = None if helping else find_config(argv)
+        if config is not None and config.suffix != '.py':
+            raise Q3DError(
+                f'{config}: OpenPCDet configs are not supported by this version, only MMDetection3D'
+            )
+        script = find_script(name)
+        import q3d_plugin.mmdet3d  # noqa: F401
+
+        if config is not None:
+            check_writable(_work_dir(argv, config))
+        sys.argv[0] = str(script)
+        runpy.run_path(str(script), run_name='__main__')
+    except Q3DError as error:
+        sys.stderr.write(f'q3d_plugin: {error}\n')
+        raise SystemExit(2) from error

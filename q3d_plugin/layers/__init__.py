@@ -1,0 +1,23 @@
+"""Quantized modules. Importing this room makes every layer type known that is installed here."""
+
+from q3d_plugin.layers import dense
+from q3d_plugin.layers.base import REGISTRY, InputGroup, QuantUnit, QuantWeightLayer, converted, why_not
+from q3d_plugin.layers.elementwise import QuantAdd, QuantConcat
+
+try:
+    from q3d_plugin.layers import sparse
+except ImportError:  # a camera-only detector needs no spconv
+    sparse = None
+
+__all__ = [
+    'InputGroup',
+    'QuantAdd',
+    'QuantConcat',
+    'QuantUnit',
+    'QuantWeightLayer',
+    'REGISTRY',
+    'converted',
+    'dense',
+    'sparse',
+    'why_not',
+]

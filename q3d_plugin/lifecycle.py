@@ -1,0 +1,380 @@
+"""The life of a quantized model: configure, load, calibrate, test or train. Both adapters run on this."""
+
+import logging
+import os
+import pickle
+import uuid
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from q3d_plugin import __version__
+from q3d_plugin.calibration import collect, compute_ranges
+from q3d_plugin.errors import Q3DError, near_matches
+from q3d_plugin.layers import REGISTRY, QuantUnit, QuantWeightLayer, why_not
+from q3d_plugin.quantizer import Mode, Quantizer
+from q3d_plugin.recipe import Recipe, differences
+from q3d_plugin.transforms.fold import fold_state_dict
+from q3d_plugin.transforms.insert import apply_recipe
+
+__all__ = [
+    'CoverageRow',
+    'calibrate',
+    'check_checkpoint_file',
+    'check_recipe_of',
+    'check_state_dict',
+    'configure',
+    'coverage',
+    'coverage_table',
+    'is_calibrated',
+    'is_quantized_checkpoint',
+    'quantizers',
+    'save_checkpoint',
+    'set_enabled',
+    'stamp',
+    'units',
+]
+
+META_KEY = 'q3d'
+"""Where a checkpoint's ``meta`` holds the recipe."""
+
+_logger = logging.getLogger(__name__)
+
+
+def units(model: nn.Module) -> List[Tuple[str, QuantUnit]]:
+    """Every layer, addition and concatenation of ``model`` that can be quantized, with its dotted name."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, QuantUnit)]
+
+
+def quantizers(model: nn.Module) -> List[Quantizer]:
+    """Every quantizer of ``model`` once, in the order of the modules."""
+    return [m for m in model.modules() if isinstance(m, Quantizer)]
+
+
+def configure(model: nn.Module, recipe: Recipe) -> None:
+    """Gives ``model`` the quantizers that ``recipe`` asks for. Parameters are not touched.
+
+    Args:
+        model: A model with Quant types in it.
+        recipe: Validated recipe.
+
+    Raises:
+        Q3DError: The model has no Quant types, or a pattern of the recipe matches no layer.
+    """
+    found = units(model)
+    if not found:
+        types = sorted({type(m).__name__ for _, m in model.named_children()})
+        raise Q3DError(
+            'recipe: the config has a recipe, but nothing in the model has a Quant type, so nothing would '
+            f'be quantized; the parts of this model are {", ".join(types)}. Write Quant before the type of '
+            "each part that is to be quantized, such as type='QuantSECOND'"
+        )
+    recipe.check_patterns([name for name, _ in found])
+    apply_recipe(model, recipe)
+    if recipe.mode == 'float':
+        set_enabled(model, False)
+
+
+def set_enabled(model: nn.Module, enabled: bool) -> None:
+    """Switches all quantizers on, or off (then ``model`` computes in float)."""
+    for quantizer in quantizers(model):
+        if enabled:
+            quantizer.enable()
+        else:
+            quantizer.disable()
+
+
+def is_calibrated(model: nn.Module) -> bool:
+    """Whether every quantizer of ``model`` has a range or was left float."""
+    return all(q.mode is not Mode.UNCALIBRATED for q in quantizers(model))
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable,
+    forward: Callable,
+    names: Callable = None,
+    logger: logging.Logger = None,
+) -> int:
+    """Takes statistics over ``batches`` and sets every range: activations first, then weights.
+
+    A layer whose input never came stays float altogether, and is named in one warning.
+
+    Args:
+        model: A configured model.
+        batches: Batches of the framework's loader.
+        forward: Called with each batch.
+        names: Gives the name of a batch for messages.
+        logger: Where the warning goes.
+
+    Returns:
+        int: Number of batches seen.
+
+    Raises:
+        Q3DError: There were no batches, or an activation holds NaN or Inf.
+    """
+    activations = [q for q in quantizers(model) if not q.per_channel]
+    weights = [q for q in quantizers(model) if q.per_channel]
+    # Statistics are those of the float model: weights are let through while they are taken.
+    for quantizer in weights:
+        quantizer.disable()
+    try:
+        seen = collect(model, batches, forward, activations, names)
+    finally:
+        for quantizer in weights:
+            quantizer.enable()
+    if seen == 0:
+        raise Q3DError('calibration: there is not one frame to calibrate on')
+    empty = set(compute_ranges(activations))
+    left = []
+    for name, unit in units(model):
+        if unit.input_quantizer in empty:
+            unit.float_reason = 'saw no data during calibration'
+            left.append(name)
+        if isinstance(unit, QuantWeightLayer) and unit.weight_quantizer is not None:
+            if unit.input_quantizer in empty:
+                unit.weight_quantizer.leave_float()
+            else:
+                unit.calibrate_weight()
+    if left:
+        (logger or _logger).warning(
+            f'{len(left)} layers saw no data during calibration and stay float: {", ".join(left)}'
+        )
+    return seen
+
+
+class CoverageRow(NamedTuple):
+    """One line of the coverage table."""
+
+    name: str
+    kind: str
+    weight: str
+    activation: str
+    shared_with: str
+    note: str
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything of the layer is quantized."""
+        return bool(self.weight or self.activation)
+
+
+def _describe(quantizer: Optional[Quantizer], disabled_word: str = '') -> str:
+    if quantizer is None or quantizer.mode is Mode.FLOAT or quantizer._disabled:
+        return disabled_word
+    bits = quantizer.num_bits
+    if quantizer.per_channel:
+        return f'int{bits} per channel'
+    if quantizer.mode is Mode.UNCALIBRATED:
+        return f'{bits} bits, no range yet'
+    return (
+        'uint' if quantizer.mode is Mode.UNSIGNED else 'int'
+    ) + f'{bits} amax {quantizer._amax.item():.4g}'
+
+
+def coverage(model: nn.Module) -> List[CoverageRow]:
+    """One row for every layer with a weight, addition and concatenation: quantized how, or why not.
+
+    Args:
+        model: Configured or not.
+    """
+    rows, first_owner = [], {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantUnit):
+            quantizer = module.input_quantizer
+            shared = first_owner.setdefault(id(quantizer), name) if quantizer is not None else name
+            weight = _describe(getattr(module, 'weight_quantizer', None))
+            activation = _describe(quantizer)
+            off = any(q._disabled for q in module.quantizers())
+            note = module.float_reason or ('switched off' if off and not (weight or activation) else '')
+            rows.append(
+                CoverageRow(name, module.kind, weight, activation, '' if shared == name else shared, note)
+            )
+        elif isinstance(module, Quantizer):
+            continue
+        elif isinstance(module, _BatchNorm):
+            rows.append(
+                CoverageRow(name, type(module).__name__, '', '', '', 'no layer before it to fold into')
+            )
+        elif 'weight' in module._parameters and module._parameters['weight'] is not None:
+            reason = why_not(module) or 'its part of the model has no Quant type'
+            rows.append(CoverageRow(name, type(module).__name__, '', '', '', reason))
+    return rows
+
+
+def coverage_table(rows: List[CoverageRow]) -> str:
+    """The rows as a text table with a line of totals."""
+    header = CoverageRow('layer', 'type', 'weight', 'input', 'input shared with', 'note')
+    cells = [header, *rows]
+    widths = [max(len(r[i]) for r in cells) for i in range(len(header))]
+    lines = ['  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in cells]
+    lines.insert(1, '  '.join('-' * w for w in widths))
+    layers = [r for r in rows if r.kind not in ('Add', 'Concat')]
+    done = sum(r.quantized for r in layers)
+    others = sum(r.quantized for r in rows if r.kind in ('Add', 'Concat'))
+    lines.append(f'{done} of {len(layers)} layers quantized, and {others} additions and concatenations')
+    return '\n'.join(lines)
+
+
+def is_quantized_checkpoint(state_dict: Mapping) -> bool:
+    """Whether ``state_dict`` holds ranges."""
+    return any(k.endswith('_quantizer._state') for k in state_dict)
+
+
+def check_checkpoint_file(path: str) -> None:
+    """Raises :class:`Q3DError` where ``path`` is missing or a checkpoint that was cut off; URLs are not
+    looked at."""
+    if '://' in str(path):
+        return
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise Q3DError(f'checkpoint {str(path)!r} is not a file (looked in {Path.cwd()})')
+    with file.open('rb') as f:
+        start = f.read(4)
+    if len(start) < 4:
+        raise Q3DError(f'checkpoint {str(path)!r} has only {len(start)} bytes: copy it again')
+    if start.startswith(b'PK') and not zipfile.is_zipfile(file):
+        raise Q3DError(
+            f'checkpoint {str(path)!r} is truncated ({file.stat().st_size} bytes, its end is '
+            'missing): copy it again'
+        )
+    if not start.startswith((b'PK', b'\x80')):
+        raise Q3DError(f'checkpoint {str(path)!r} is not a PyTorch checkpoint: it starts with {start!r}')
+    try:
+        torch.load(file, map_location='meta', weights_only=True)
+    except pickle.UnpicklingError:
+        pass  # objects that the framework's loader may allow; it decides
+    except (RuntimeError, EOFError, OSError) as error:
+        raise Q3DError(
+            f'checkpoint {str(path)!r} cannot be read ({str(error).splitlines()[0]}): copy it again'
+        ) from error
+
+
+def _is_quantizer_key(key: str) -> bool:
+    return key.endswith(('_quantizer._amax', '_quantizer._state'))
+
+
+def check_state_dict(model: nn.Module, state_dict: Mapping, source: str = 'checkpoint') -> Dict[str, Any]:
+    """Checks that a checkpoint belongs to ``model`` before it is loaded: every parameter is there, of its
+    shape.
+
+    Args:
+        model: A configured model with Quant types.
+        state_dict: Float or quantized; not changed.
+        source: What to call it in messages.
+
+    Returns:
+        dict: The state dict with BatchNorm folded, as it will be loaded.
+
+    Raises:
+        Q3DError: Parameters are missing or have another shape, or (quantized) ranges are missing or left
+            over.
+    """
+    folded = type(state_dict)(state_dict)
+    for name, module in model.named_modules():
+        if hasattr(module, '_q3d_folds'):
+            fold_state_dict(module, folded, f'{name}.' if name else '', module._q3d_folds)
+    mine = model.state_dict()
+    weights = {k: v for k, v in mine.items() if not _is_quantizer_key(k) and 'num_batches_tracked' not in k}
+    missing = [k for k in weights if k not in folded]
+    if missing:
+        has = f'it has {len(state_dict)} entries, {len(weights) - len(missing)} of the {len(weights)} needed'
+        near = near_matches(missing[0], [k for k in state_dict if not _is_quantizer_key(k)][:2000], 1)
+        raise Q3DError(
+            f'{source}: of another model: {missing[0]!r} is missing (and {len(missing) - 1} more; {has})'
+            + (near if near.startswith('; did') else '')
+        )
+    wrong = [
+        k
+        for k, v in weights.items()
+        if tuple(folded[k].shape) != tuple(v.shape) and not _permutes_to(folded[k].shape, v.shape)
+    ]
+    if wrong:
+        raise Q3DError(
+            f'{source}: of another model: {wrong[0]!r} has the shape {tuple(folded[wrong[0]].shape)}, the '
+            f'model needs {tuple(weights[wrong[0]].shape)} (and {len(wrong) - 1} more differ)'
+        )
+    if is_quantized_checkpoint(state_dict):
+        needed = {k for k in mine if _is_quantizer_key(k)}
+        given = {k for k in state_dict if _is_quantizer_key(k)}
+        if needed != given:
+            lacking, extra = sorted(needed - given), sorted(given - needed)
+            raise Q3DError(
+                f'{source}: its quantizers are not those of the recipe: '
+                + (f'{lacking[0]!r} and {len(lacking) - 1} more have no range in it' if lacking else '')
+                + ('; ' if lacking and extra else '')
+                + (f'{extra[0]!r} and {len(extra) - 1} more are not in the recipe' if extra else '')
+                + '. Use the recipe it was made with, or calibrate the float checkpoint anew'
+            )
+    return folded
+
+
+def _permutes_to(given, wanted) -> bool:
+    """Whether a weight of spconv 1.x, (k, k, k, in, out), becomes the wanted one, (out, k, k, k, in)."""
+    return len(given) > 3 and (given[-1], *given[:-1]) == tuple(wanted)
+
+
+def check_recipe_of(meta: Optional[Mapping], recipe: Recipe, source: str = 'checkpoint') -> None:
+    """Raises :class:`Q3DError` where a quantized checkpoint was made with another recipe.
+
+    ``mode`` and ``calibration`` may differ: a PTQ checkpoint is a fine start for QAT, and the ranges are
+    taken.
+
+    Args:
+        meta: The checkpoint's ``meta``.
+        recipe: The config's recipe.
+        source: What to call the checkpoint in messages.
+    """
+    given = ((meta or {}).get(META_KEY) or {}).get('recipe')
+    if given is None:
+        raise Q3DError(f'{source}: it has ranges but no recipe; it was not saved by QuantHook')
+    mine = recipe.to_dict()
+    found = [
+        d
+        for key in [*mine, *(k for k in given if k not in mine)]
+        if key not in ('mode', 'calibration')
+        for d in differences(given.get(key), mine.get(key), f'recipe.{key}')
+    ]
+    if found:
+        raise Q3DError(
+            f'{source}: it was quantized with another recipe (checkpoint and config): {"; ".join(found)}. '
+            'Use the recipe it was made with, or calibrate the float checkpoint anew'
+        )
+
+
+def stamp(recipe: Recipe) -> Dict[str, Any]:
+    """What the ``meta`` of a quantized checkpoint holds under :data:`META_KEY`."""
+    return {'recipe': recipe.to_dict(), 'version': __version__}
+
+
+def save_checkpoint(model: nn.Module, recipe: Recipe, path: str, meta: Mapping = None) -> None:
+    """Writes weights, ranges and recipe; the file appears whole or not at all.
+
+    Args:
+        model: A calibrated model.
+        recipe: The recipe it was calibrated with.
+        path: Where to write; the folder exists.
+        meta: What else the ``meta`` holds.
+    """
+    # state_dict() keeps the layout versions in _metadata, which spconv's loaders ask for.
+    state = model.state_dict()
+    for key, value in state.items():
+        state[key] = value.detach().cpu()
+    content = {'meta': {**(meta or {}), META_KEY: stamp(recipe)}, 'state_dict': state}
+    temporary = f'{path}.{uuid.uuid4().hex[:8]}.tmp'
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def quantizable_types() -> List[str]:
+    """Names of the float layer types that have a quantized version."""
+    return sorted(c.__name__ for c in REGISTRY)

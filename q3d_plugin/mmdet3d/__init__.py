@@ -1,0 +1,12 @@
+"""MMDetection3D adapter: ``custom_imports = dict(imports=['q3d_plugin.mmdet3d'])`` registers everything."""
+
+from q3d_plugin.cpu import enable_cpu_mode
+
+enable_cpu_mode()
+
+from q3d_plugin.mmdet3d.hook import QuantHook  # noqa: E402
+from q3d_plugin.mmdet3d.parts import register_parts  # noqa: E402
+
+register_parts()
+
+__all__ = ['QuantHook', 'register_parts']

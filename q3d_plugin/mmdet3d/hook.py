@@ -1,0 +1,202 @@
+"""QuantHook: from a float checkpoint to a quantized model, at the points where MMEngine lets a hook in."""
+
+import json
+import logging
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Dict, Optional
+
+import numpy as np
+import torch
+from mmengine.dist import barrier, is_main_process
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+
+from q3d_plugin import lifecycle
+from q3d_plugin.errors import Q3DError
+from q3d_plugin.launch import check_writable
+from q3d_plugin.mmdet3d.data import calibration_loader, frame_name
+from q3d_plugin.recipe import Recipe
+
+__all__ = ['QuantHook']
+
+
+def _trust_mmengine_checkpoints() -> None:
+    """Lets ``torch.load(weights_only=True)`` read what MMEngine writes into training checkpoints."""
+    if not hasattr(torch.serialization, 'add_safe_globals'):
+        return
+    dtypes = [np.dtype(kind) for kind in ('float32', 'float64', 'int32', 'int64', 'bool')]
+    torch.serialization.add_safe_globals(
+        [HistoryBuffer, np.ndarray, np.dtype, np.core.multiarray._reconstruct, np.core.multiarray.scalar]
+        + [type(d) for d in dtypes]
+    )
+
+
+_trust_mmengine_checkpoints()
+
+
+@HOOKS.register_module()
+class QuantHook(Hook):
+    """Quantizes the Quant types of a model by a recipe, in ``tools/test.py`` and ``tools/train.py``.
+
+    The hook gives the model its quantizers before a checkpoint is loaded, checks that the checkpoint belongs
+    to the model, calibrates once it is loaded (unless it was saved quantized), logs which layer is quantized
+    how, and saves the quantized checkpoint as ``quantized.pth`` in the folder of the run. ``last_quantized``
+    in the work dir names that file.
+
+    Note:
+        - The hook runs before EMAHook, so that the averaged model has the same quantizers.
+        - Training needs ``mode='qat'`` and a checkpoint to start from.
+
+    Args:
+        recipe (dict): What to quantize and how; see :class:`q3d_plugin.recipe.Recipe`.
+        save (bool): Whether to save the quantized checkpoint after calibration. Defaults to True.
+    """
+
+    priority = 'HIGH'
+
+    def __init__(self, recipe: Optional[Dict] = None, save: bool = True) -> None:
+        self.recipe = Recipe.from_dict(recipe)
+        self.save = save
+        self._source = 'checkpoint'
+
+    @staticmethod
+    def _model(runner):
+        model = runner.model
+        return model.module if is_model_wrapper(model) else model
+
+    def before_run(self, runner) -> None:
+        """Gives the model its quantizers, and looks at the checkpoint file before anything long begins.
+
+        Args:
+            runner (Runner): The runner of the training, validation or testing process.
+        """
+        check_writable(Path(runner.work_dir))
+        if runner._load_from is not None:
+            self._source = f'checkpoint {str(runner._load_from)!r}'
+            lifecycle.check_checkpoint_file(runner._load_from)
+        lifecycle.configure(self._model(runner), self.recipe)
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Checks that the checkpoint belongs to this model and, if it is quantized, to this recipe.
+
+        Args:
+            runner (Runner): The runner.
+            checkpoint (dict): As read from the file, before it goes into the model.
+        """
+        state = checkpoint.get('state_dict', checkpoint)
+        state = {k[7:] if k.startswith('module.') else k: v for k, v in state.items()}
+        if lifecycle.is_quantized_checkpoint(state):
+            lifecycle.check_recipe_of(checkpoint.get('meta'), self.recipe, self._source)
+        lifecycle.check_state_dict(self._model(runner), state, self._source)
+
+    def before_train(self, runner) -> None:
+        """Calibrates the model that training starts from.
+
+        Args:
+            runner (Runner): The runner of the training process.
+        """
+        if self.recipe.mode != 'qat':
+            raise Q3DError(f"recipe.mode: {self.recipe.mode!r} does not train; 'qat' would work")
+        if runner._load_from is None and not runner._resume:
+            raise Q3DError(
+                'load_from: quantization-aware training starts from a trained float checkpoint, and none is '
+                "given; load_from = 'float.pth' in the config would work"
+            )
+        self._ensure_calibrated(runner)
+
+    def before_val(self, runner) -> None:
+        """Calibrates, where validation runs on its own.
+
+        Args:
+            runner (Runner): The runner of the validation process.
+        """
+        self._ensure_calibrated(runner)
+
+    def before_test(self, runner) -> None:
+        """Calibrates, unless the checkpoint was quantized.
+
+        Args:
+            runner (Runner): The runner of the testing process.
+        """
+        self._ensure_calibrated(runner)
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Adds the recipe to a training checkpoint, so that it is recognised as quantized.
+
+        Args:
+            runner (Runner): The runner of the training process.
+            checkpoint (dict): What will be saved.
+        """
+        checkpoint.setdefault('meta', {})[lifecycle.META_KEY] = lifecycle.stamp(self.recipe)
+
+    def _ensure_calibrated(self, runner) -> None:
+        model = self._model(runner)
+        logger = runner.logger
+        if self.recipe.mode == 'float':
+            logger.info('QuantHook: recipe.mode is float, every quantizer is off')
+        elif lifecycle.is_calibrated(model):
+            if getattr(self, '_reported', False):
+                return
+            logger.info('QuantHook: the checkpoint is quantized, its ranges are used')
+        else:
+            self._calibrate(runner, model)
+        if not getattr(self, '_reported', False):
+            self._report(runner, model)
+        self._reported = True
+
+    def _calibrate(self, runner, model) -> None:
+        spec, logger = self.recipe.calibration, runner.logger
+        loader, frames = calibration_loader(runner.cfg, spec, logger)
+        logger.info(f'QuantHook: calibrating on {frames} frames of the {spec.split} split, seed {spec.seed}')
+        start = time.time()
+        seen = lifecycle.calibrate(
+            model, _logged(loader, logger), runner.model.test_step, names=frame_name, logger=logger
+        )
+        logger.info(f'QuantHook: calibrated on {seen} batches in {time.time() - start:.1f} s')
+        if self.save and is_main_process():
+            path = os.path.join(runner.log_dir, 'quantized.pth')
+            meta = {'dataset_meta': _plain(getattr(loader.dataset, 'metainfo', {}))}
+            lifecycle.save_checkpoint(model, self.recipe, path, meta)
+            _write_text(os.path.join(runner.work_dir, 'last_quantized'), path)
+            logger.info(f'QuantHook: quantized checkpoint saved as {path}')
+        barrier()
+
+    def _report(self, runner, model) -> None:
+        rows = lifecycle.coverage(model)
+        runner.logger.info('QuantHook: coverage\n' + lifecycle.coverage_table(rows))
+        if is_main_process():
+            content = [{**row._asdict(), 'quantized': row.quantized} for row in rows]
+            _write_text(os.path.join(runner.log_dir, 'coverage.json'), json.dumps(content, indent=1))
+
+
+def _logged(loader, logger: logging.Logger):
+    """The batches of ``loader``, with a line of progress about every tenth of the way."""
+    total = len(loader)
+    step, start = max(1, total // 10), time.time()
+    for i, batch in enumerate(loader):
+        yield batch
+        if (i + 1) % step == 0 or i + 1 == total:
+            rate = (time.time() - start) / (i + 1)
+            logger.info(f'QuantHook: calibration [{i + 1}/{total}] {rate:.2f} s a batch')
+
+
+def _plain(value):
+    """``value`` in types that a ``weights_only`` load accepts."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _write_text(path: str, text: str) -> None:
+    """Writes a small file; it appears whole or not at all."""
+    temporary = f'{path}.{uuid.uuid4().hex[:8]}.tmp'
+    with open(temporary, 'w') as f:
+        f.write(text + '\n')
+    os.replace(temporary, path)

@@ -1,0 +1,203 @@
+"""The quantizer of one tensor: the only room that imports pytorch_quantization.
+
+:class:`Quantizer` is a ``TensorQuantizer``, so that tools which look for those (NVIDIA's export scripts, for
+example) find them, with four differences: its state is in buffers that every framework's loader copies,
+signedness can be decided by calibration, statistics go to a
+:class:`~q3d_plugin.calibration.observer.MagnitudeHistogram`, and the arithmetic is
+:func:`q3d_plugin.numerics.fake_quantize`.
+"""
+
+import enum
+import weakref
+from typing import Optional, Union
+
+import torch
+from pytorch_quantization.nn import TensorQuantizer
+from pytorch_quantization.tensor_quant import QuantDescriptor
+from torch import Tensor
+
+from q3d_plugin import numerics
+from q3d_plugin.calibration.observer import MagnitudeHistogram
+from q3d_plugin.errors import Q3DError
+from q3d_plugin.recipe import ActivationSpec, WeightSpec
+
+__all__ = ['Mode', 'Quantizer']
+
+
+class Mode(enum.IntEnum):
+    """What a quantizer does."""
+
+    UNCALIBRATED = 0
+    """It has no range yet: a forward pass is an error."""
+    SIGNED = 1
+    """It quantizes to signed integers."""
+    UNSIGNED = 2
+    """It quantizes to unsigned integers."""
+    FLOAT = 3
+    """It lets its input through: it saw no data, or the recipe's mode is float."""
+
+
+class Quantizer(TensorQuantizer):
+    """Fake-quantizes one tensor, per tensor or per channel.
+
+    Args:
+        spec: Bits, calibrator and (for activations) signedness.
+        channels: Number of output channels of a weight; None for an activation.
+        axis: The axis of the weight's output channels.
+        name: Whose quantizer it is, for messages.
+
+    Attributes:
+        spec: As given.
+        owners: Names of the layers that share it.
+        observer: Statistics, while :attr:`observing`.
+
+    Shape:
+        - Input: any floating point tensor. Output: the same shape and dtype.
+    """
+
+    def __init__(
+        self,
+        spec: Union[ActivationSpec, WeightSpec],
+        channels: Optional[int] = None,
+        axis: Optional[int] = None,
+        name: str = '',
+    ) -> None:
+        descriptor = QuantDescriptor(num_bits=spec.bits, axis=None if channels is None else axis)
+        super().__init__(descriptor)
+        # The package's own calibrators are replaced by the observer: its histogram calls .cuda() and knows
+        # one rank.
+        self._calibrator = None
+        self.spec = spec
+        self.name = name
+        self.owners = []
+        self.observer: Optional[MagnitudeHistogram] = None
+        self.finite = True
+        self._memo = None
+        shape = () if channels is None else (channels,)
+        self.register_buffer('_amax', torch.zeros(shape))
+        # Mode and bits are in a buffer, so that a quantized checkpoint describes itself to any loader.
+        self.register_buffer('_state', torch.tensor([Mode.UNCALIBRATED, spec.bits], dtype=torch.int16))
+        self._mode = Mode.UNCALIBRATED
+
+    @property
+    def mode(self) -> Mode:
+        """What it does at present."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, value: Mode) -> None:
+        self._mode = Mode(value)
+        self._unsigned = self._mode is Mode.UNSIGNED
+        self._state[0] = int(value)
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether it has one range per output channel, as weights have."""
+        return self._amax.dim() > 0
+
+    @property
+    def shared(self) -> bool:
+        """Whether several layers read the tensor that it quantizes."""
+        return len(self.owners) > 1
+
+    @property
+    def observing(self) -> bool:
+        """Whether it takes statistics and lets its input through unchanged."""
+        return self.observer is not None
+
+    def observe(self) -> None:
+        """Starts to take statistics."""
+        self.observer = MagnitudeHistogram()
+        self.finite = True
+        self._memo = None
+
+    def set_range(self, amax: Tensor, unsigned: bool = False) -> None:
+        """Ends calibration with a range.
+
+        Args:
+            amax: Scalar, or (C,) for a weight.
+            unsigned: Whether the integers start at zero.
+        """
+        self._amax.copy_(amax.to(self._amax).reshape(self._amax.shape))
+        self.mode = Mode.UNSIGNED if unsigned else Mode.SIGNED
+        self._memo = None
+        self.observer = None
+
+    def leave_float(self) -> None:
+        """From now on lets its input through."""
+        self.mode = Mode.FLOAT
+        self._memo = None
+        self.observer = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Observes, quantizes or passes on ``inputs``, as the mode says.
+
+        Raises:
+            Q3DError: It was never calibrated.
+        """
+        if self._disabled or inputs.numel() == 0:
+            return inputs
+        if self.observer is not None:
+            if not self._seen_before(inputs):
+                self.finite = self.observer.update(inputs) and self.finite
+                self._remember(inputs, inputs)
+            return inputs
+        if self._mode is Mode.FLOAT:
+            return inputs
+        if self._mode is Mode.UNCALIBRATED:
+            raise Q3DError(
+                f'{self.name or "a quantizer"} has no range: the model has Quant types but was not '
+                "calibrated. Add custom_hooks = [dict(type='QuantHook', recipe=dict(...))] to the config, or "
+                'load a quantized checkpoint'
+            )
+        if self._seen_before(inputs):
+            return self._memo[3]
+        out = numerics.fake_quantize(inputs, self._amax, self._num_bits, self._unsigned, self._axis)
+        self._remember(inputs, out)
+        return out
+
+    # Layers that share a quantizer read the same tensor: it is quantized, or counted, once. The memo holds
+    # the input weakly and forgets the output when the input dies, so nothing lives longer than it did.
+    def _seen_before(self, x: Tensor) -> bool:
+        memo = self._memo
+        if memo is None or not self.shared:
+            return False
+        return memo[0]() is x and memo[1] == x._version and memo[2] == torch.is_grad_enabled()
+
+    def _remember(self, x: Tensor, out: Tensor) -> None:
+        if not self.shared or x.is_inference():
+            return
+        self_ref = weakref.ref(self)
+
+        def forget(reference):
+            quantizer = self_ref()
+            if quantizer is not None and quantizer._memo is not None and quantizer._memo[0] is reference:
+                quantizer._memo = None
+
+        # A quantizer that only counts must not keep its input alive through the memo.
+        kept = None if out is x else out
+        self._memo = (weakref.ref(x, forget), x._version, torch.is_grad_enabled(), kept)
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        state['_memo'] = None
+        return state
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        """Loads the buffers and takes mode and bits from them."""
+        # A float checkpoint has no ranges, and that is no mistake: nothing is reported as missing. (The
+        # parent's version of this method logs an error for every quantizer of every float checkpoint.)
+        if prefix + '_state' not in state_dict:
+            return
+        torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+        mode, bits = self._state.tolist()
+        self._mode = Mode(mode)
+        self._num_bits = bits
+        self._unsigned = self._mode is Mode.UNSIGNED
+        self._memo = None
+
+    def extra_repr(self) -> str:
+        if self._mode in (Mode.UNCALIBRATED, Mode.FLOAT):
+            return f'{self._mode.name.lower()} {self._num_bits} bits'
+        shape = 'per channel' if self.per_channel else f'amax={self._amax.item():.4g}'
+        return f'{self._mode.name.lower()} {self._num_bits} bits {shape}'

@@ -1,0 +1,342 @@
+"""What the user asked for: one validated schema, the same words in every framework.
+
+A recipe is a plain dictionary in a config and a :class:`Recipe` in the program. Unknown keys, patterns that
+match no layer, bit widths out of range and calibrators that do not exist fail before any data is read, with
+the full dotted path, what was given, and the nearest thing that would have worked.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Dict, List, Optional, Tuple
+
+from q3d_plugin.errors import Q3DError, near_matches
+
+__all__ = [
+    'ActivationSpec',
+    'CALIBRATORS',
+    'CalibrationSpec',
+    'LayerPlan',
+    'Recipe',
+    'WeightSpec',
+    'differences',
+    'matches',
+]
+
+CALIBRATORS = ('max', 'percentile', 'mse', 'entropy', 'grid')
+WEIGHT_CALIBRATORS = ('max', 'percentile', 'mse', 'grid')
+MODES = ('float', 'ptq', 'qat')
+SPLITS = ('train', 'val', 'test')
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """How a weight is quantized: signed, symmetric, one range per output channel.
+
+    Attributes:
+        bits: Width of the integers, 2 to 16.
+        calibrator: ``'max'``, ``'percentile'``, ``'mse'`` or ``'grid'``.
+        percentile: Share of the magnitudes inside the range, for ``'percentile'``, in ``(0, 100]``.
+    """
+
+    bits: int = 8
+    calibrator: str = 'max'
+    percentile: float = 99.99
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """How the inputs of a layer are quantized: symmetric, one range per tensor.
+
+    Attributes:
+        bits: Width of the integers, 2 to 16.
+        unsigned: True, False, or ``'auto'``: unsigned where the producer is a ReLU, that is, where not one
+            value of all calibration frames is negative.
+        calibrator: ``'max'``, ``'percentile'``, ``'mse'``, ``'entropy'`` or ``'grid'``.
+        percentile: Share of the magnitudes inside the range, for ``'percentile'``, in ``(0, 100]``.
+    """
+
+    bits: int = 8
+    unsigned: Any = 'auto'
+    calibrator: str = 'mse'
+    percentile: float = 99.99
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """What the activation ranges are taken from.
+
+    Attributes:
+        split: ``'train'``, ``'val'`` or ``'test'``: whose annotation file the frames come from.
+        frames: How many frames, at least 1. Where the split has fewer, all of them are used, with a warning.
+        seed: Chooses the frames.
+    """
+
+    split: str = 'train'
+    frames: int = 300
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the recipe says of one layer: None for a part that stays float.
+
+    Attributes:
+        weight: How the weight is quantized.
+        activation: How the inputs are quantized.
+        reason: Why the layer has no quantizer, for the coverage table; empty where it has one.
+    """
+
+    weight: Optional[WeightSpec]
+    activation: Optional[ActivationSpec]
+    reason: str = ''
+
+
+@dataclass(frozen=True)
+class Override:
+    """A change of the specs for the layers that match one of ``layers``; later overrides win.
+
+    Attributes:
+        layers: Patterns.
+        weight: Fields of :class:`WeightSpec` to change; None to leave the weight float.
+        activation: Fields of :class:`ActivationSpec` to change; None to leave the inputs float.
+    """
+
+    layers: Tuple[str, ...]
+    weight: Optional[Dict[str, Any]] = field(default_factory=dict)
+    activation: Optional[Dict[str, Any]] = field(default_factory=dict)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern of the recipe means the layer ``name`` or a module that holds it.
+
+    Patterns are those of :mod:`fnmatch`; ``*`` also matches dots.
+
+    Examples:
+        >>> matches('*head*.heatmap.1', 'pts_bbox_head.task_heads.0.heatmap.1')
+        True
+        >>> matches('pts_backbone', 'pts_backbone.blocks.0.3')
+        True
+        >>> matches('pts_backbone', 'pts_backbone_extra.0')
+        False
+    """
+    if fnmatchcase(name, pattern):
+        return True
+    parts = name.split('.')
+    return any(fnmatchcase('.'.join(parts[:i]), pattern) for i in range(1, len(parts)))
+
+
+def _fail(path: str, given: Any, would_work: str) -> None:
+    raise Q3DError(f'{path}: {given!r} was given; {would_work}')
+
+
+def _mapping(value: Any, path: str, known: Sequence[str]) -> Dict[str, Any]:
+    if not isinstance(value, Mapping):
+        _fail(path, value, f'a dictionary with the keys {", ".join(known)} would work')
+    for key in value:
+        if key not in known:
+            raise Q3DError(f'{path}.{key}: unknown key{near_matches(key, known)}')
+    return dict(value)
+
+
+def _choice(value: Any, path: str, known: Sequence[Any]) -> Any:
+    # True == 1 in Python, so membership alone would accept unsigned=1.
+    if not any(value is k or (isinstance(k, str) and value == k) for k in known):
+        hint = near_matches(value, [k for k in known if isinstance(k, str)]) if isinstance(value, str) else ''
+        _fail(path, value, f'one of {", ".join(repr(k) for k in known)} would work{hint}')
+    return value
+
+
+def _integer(value: Any, path: str, low: int, high: Optional[int] = None) -> int:
+    fits = isinstance(value, int) and not isinstance(value, bool)
+    if not fits or value < low or (high is not None and value > high):
+        _fail(path, value, f'an integer from {low} ' + (f'to {high} would work' if high else 'up would work'))
+    return value
+
+
+def _percentile(value: Any, path: str) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 100:
+        _fail(path, value, 'a number above 0 and up to 100 would work, such as 99.99')
+    return float(value)
+
+
+def _patterns(value: Any, path: str) -> Tuple[str, ...]:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, Sequence) or not all(isinstance(v, str) and v for v in value):
+        _fail(path, value, "a list of layer name patterns would work, such as ['*bbox_head*.heatmap.1']")
+    return tuple(value)
+
+
+def _weight_fields(value: Any, path: str) -> Dict[str, Any]:
+    value = _mapping(value, path, [f.name for f in dataclasses.fields(WeightSpec)])
+    if 'bits' in value:
+        _integer(value['bits'], f'{path}.bits', 2, 16)
+    if 'calibrator' in value:
+        _choice(value['calibrator'], f'{path}.calibrator', WEIGHT_CALIBRATORS)
+    if 'percentile' in value:
+        value['percentile'] = _percentile(value['percentile'], f'{path}.percentile')
+    return value
+
+
+def _activation_fields(value: Any, path: str) -> Dict[str, Any]:
+    value = _mapping(value, path, [f.name for f in dataclasses.fields(ActivationSpec)])
+    if 'bits' in value:
+        _integer(value['bits'], f'{path}.bits', 2, 16)
+    if 'unsigned' in value:
+        _choice(value['unsigned'], f'{path}.unsigned', ('auto', True, False))
+    if 'calibrator' in value:
+        _choice(value['calibrator'], f'{path}.calibrator', CALIBRATORS)
+    if 'percentile' in value:
+        value['percentile'] = _percentile(value['percentile'], f'{path}.percentile')
+    return value
+
+
+def _override(value: Any, path: str) -> Override:
+    value = _mapping(value, path, ('layers', 'weight', 'activation'))
+    if 'layers' not in value:
+        raise Q3DError(f'{path}.layers: missing; a pattern or a list of patterns would work')
+    fields = {'layers': _patterns(value['layers'], f'{path}.layers')}
+    for key, check in (('weight', _weight_fields), ('activation', _activation_fields)):
+        if key in value:
+            fields[key] = None if value[key] is None else check(value[key], f'{path}.{key}')
+    return Override(**fields)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe.
+
+    Attributes:
+        mode: ``'float'`` (every quantizer off), ``'ptq'`` (calibrate, then test) or ``'qat'`` (calibrate,
+            then train).
+        weight: How weights are quantized; None leaves them float.
+        activation: How inputs are quantized; None leaves them float.
+        skip: Patterns of layers that stay float: they have no quantizer at all.
+        overrides: Other specs for some layers.
+        calibration: What the ranges are taken from.
+
+    Examples:
+        >>> recipe = Recipe.from_dict(dict(skip=['head'], overrides=[dict(layers='neck',
+        weight=dict(bits=4))])) >>> recipe.plan('neck.0').weight.bits, recipe.plan('head.0').weight
+        (4, None)
+    """
+
+    mode: str = 'ptq'
+    weight: Optional[WeightSpec] = WeightSpec()
+    activation: Optional[ActivationSpec] = ActivationSpec()
+    skip: Tuple[str, ...] = ()
+    overrides: Tuple[Override, ...] = ()
+    calibration: CalibrationSpec = CalibrationSpec()
+
+    @classmethod
+    def from_dict(cls, given: Optional[Mapping], path: str = 'recipe') -> 'Recipe':
+        """Validates what a config holds.
+
+        Args:
+            given: The dictionary; missing keys take their defaults.
+            path: Where it stands in the config, for error messages.
+
+        Raises:
+            Q3DError: Anything is unknown, out of range or of the wrong type.
+        """
+        value = _mapping({} if given is None else given, path, [f.name for f in dataclasses.fields(cls)])
+        out: Dict[str, Any] = {}
+        if 'mode' in value:
+            out['mode'] = _choice(value['mode'], f'{path}.mode', MODES)
+        if 'weight' in value:
+            spec = value['weight']
+            out['weight'] = None if spec is None else WeightSpec(**_weight_fields(spec, f'{path}.weight'))
+        if 'activation' in value:
+            spec = value['activation']
+            out['activation'] = (
+                None if spec is None else ActivationSpec(**_activation_fields(spec, f'{path}.activation'))
+            )
+        if 'skip' in value:
+            out['skip'] = _patterns(value['skip'], f'{path}.skip')
+        if 'overrides' in value:
+            if not isinstance(value['overrides'], Sequence) or isinstance(value['overrides'], str):
+                _fail(f'{path}.overrides', value['overrides'], 'a list of dictionaries would work')
+            out['overrides'] = tuple(
+                _override(v, f'{path}.overrides[{i}]') for i, v in enumerate(value['overrides'])
+            )
+        if 'calibration' in value:
+            known = [f.name for f in dataclasses.fields(CalibrationSpec)]
+            spec = _mapping(value['calibration'], f'{path}.calibration', known)
+            if 'split' in spec:
+                _choice(spec['split'], f'{path}.calibration.split', SPLITS)
+            if 'frames' in spec:
+                _integer(spec['frames'], f'{path}.calibration.frames', 1)
+            if 'seed' in spec:
+                _integer(spec['seed'], f'{path}.calibration.seed', 0)
+            out['calibration'] = CalibrationSpec(**spec)
+        return cls(**out)
+
+    def to_dict(self) -> Dict[str, Any]:
+        """The recipe with every default written out, in types that a checkpoint and JSON can hold."""
+
+        def plain(value):
+            if isinstance(value, Mapping):
+                return {k: plain(v) for k, v in value.items()}
+            if isinstance(value, (list, tuple)):
+                return [plain(v) for v in value]
+            return value
+
+        return plain(dataclasses.asdict(self))
+
+    def plan(self, name: str) -> LayerPlan:
+        """What the recipe says of the layer ``name``."""
+        for pattern in self.skip:
+            if matches(pattern, name):
+                return LayerPlan(None, None, f'skipped by {pattern!r}')
+        weight, activation = self.weight, self.activation
+        for override in self.overrides:
+            if any(matches(p, name) for p in override.layers):
+                weight = _changed(weight, override.weight, WeightSpec)
+                activation = _changed(activation, override.activation, ActivationSpec)
+        reason = '' if weight or activation else 'left float by the recipe'
+        return LayerPlan(weight, activation, reason)
+
+    def check_patterns(self, names: Sequence[str], path: str = 'recipe') -> None:
+        """Raises :class:`Q3DError` for the first pattern that means none of the layers ``names``.
+
+        Args:
+            names: Names of all layers that can be quantized.
+            path: Where the recipe stands in the config, for error messages.
+        """
+        places = [(f'{path}.skip[{i}]', p) for i, p in enumerate(self.skip)]
+        for i, override in enumerate(self.overrides):
+            places += [(f'{path}.overrides[{i}].layers[{j}]', p) for j, p in enumerate(override.layers)]
+        for place, pattern in places:
+            if not any(matches(pattern, name) for name in names):
+                bare = pattern.strip('*')
+                tails = {'.'.join(n.split('.')[i:]): n for n in names for i in range(n.count('.') + 1)}
+                near = near_matches(bare, [*dict.fromkeys(names), *tails])
+                raise Q3DError(
+                    f'{place}: {pattern!r} matches none of the {len(names)} quantized layers{near}'
+                )
+
+
+def _changed(spec, fields: Optional[Dict[str, Any]], kind):
+    """``spec`` with ``fields`` replaced; None (left float) where ``fields`` is None."""
+    if fields is None:
+        return None
+    if not fields:
+        return spec
+    return dataclasses.replace(spec or kind(), **fields)
+
+
+def differences(a: Any, b: Any, path: str = 'recipe') -> List[str]:
+    """The dotted paths at which two recipes in plain form differ, with both values.
+
+    Examples:
+        >>> differences({'weight': {'bits': 8}}, {'weight': {'bits': 4}})
+        ['recipe.weight.bits: 8 and 4']
+    """
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        out = []
+        for key in [*a, *(k for k in b if k not in a)]:
+            out += differences(a.get(key), b.get(key), f'{path}.{key}')
+        return out
+    return [] if a == b else [f'{path}: {a!r} and {b!r}']

@@ -1,0 +1,168 @@
+"""BatchNorm folding: into the layers of a model, and into a float checkpoint while it is loaded.
+
+Jacob et al. 2018, section 3.2: at inference ``gamma * (W x - mean) / sqrt(var + eps) + beta`` is a
+convolution with the weight ``W * f`` and the bias ``beta + (b - mean) * f``, where ``f = gamma / sqrt(var +
+eps)``.
+"""
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from q3d_plugin.layers import QuantWeightLayer, why_not
+
+__all__ = ['Fold', 'find_pairs', 'fold_', 'fold_state_dict', 'norm_keys']
+
+_NORM_NAMES = {'conv': ('bn', 'norm'), 'linear': ('norm', 'bn'), 'fc': ('bn', 'norm')}
+_NORM_STATE = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A layer and the BatchNorm that was behind it.
+
+    Attributes:
+        layer: Dotted name of the layer, relative to the module that was quantized.
+        norm: Dotted name of the BatchNorm.
+        eps: Of the BatchNorm.
+    """
+
+    layer: str
+    norm: str
+    eps: float
+
+
+def _sequential_pairs(module: nn.Module) -> List[Tuple[str, str]]:
+    names = list(module._modules)
+    return list(zip(names, names[1:]))
+
+
+def _named_pairs(module: nn.Module) -> List[Tuple[str, str]]:
+    order = getattr(module, 'order', None)
+    ordered = isinstance(order, tuple) and 'conv' in order and 'norm' in order
+    # mmcv's ConvModule: its own order says what follows the convolution.
+    if ordered and order.index('norm') != order.index('conv') + 1:
+        return []
+    pairs = []
+    for name in module._modules:
+        for stem, norms in _NORM_NAMES.items():
+            if name.startswith(stem) and (name == stem or name[len(stem) :].isdigit()):
+                suffix = name[len(stem) :]
+                pairs += [(name, norm + suffix) for norm in norms if norm + suffix in module._modules][:1]
+    return pairs
+
+
+def find_pairs(root: nn.Module) -> List[Tuple[str, str]]:
+    """Layers that a BatchNorm follows at once, by the structure of the modules that hold them.
+
+    In a ``Sequential`` (spconv's too) that is the next child; elsewhere ``conv1`` and ``bn1`` (or ``norm1``),
+    ``conv`` and ``bn``, ``linear`` and ``norm``, as residual blocks, mmcv's ConvModule and pillar feature
+    nets name them. Modules that stand at several places of the tree are left alone.
+
+    Args:
+        root: Where to look.
+
+    Returns:
+        list: Pairs of dotted names relative to ``root``: layer, BatchNorm.
+    """
+    places: Dict[int, int] = {}
+    for _, module in root.named_modules(remove_duplicate=False):
+        places[id(module)] = places.get(id(module), 0) + 1
+    pairs = []
+    for prefix, module in root.named_modules():
+        sequential = isinstance(module, nn.Sequential) or type(module).__name__ == 'SparseSequential'
+        for layer_name, norm_name in (_sequential_pairs if sequential else _named_pairs)(module):
+            layer, norm = module._modules[layer_name], module._modules[norm_name]
+            if layer is None or not isinstance(norm, _BatchNorm) or not norm.track_running_stats:
+                continue
+            if not isinstance(layer, QuantWeightLayer) and why_not(layer):
+                continue
+            if places[id(layer)] > 1 or places[id(norm)] > 1:
+                continue
+            channels = getattr(layer, 'out_channels', getattr(layer, 'out_features', None))
+            if channels == norm.num_features:
+                dot = prefix + '.' if prefix else ''
+                pairs.append((dot + layer_name, dot + norm_name))
+    return pairs
+
+
+def _folded(
+    layer: QuantWeightLayer, weight: Tensor, bias: Optional[Tensor], norm: MutableMapping, eps: float
+) -> Tuple[Tensor, Tensor]:
+    """Weight and bias of the layer with the BatchNorm in it; computed in float64."""
+    mean, var = norm['running_mean'].double(), norm['running_var'].double()
+    factor = (var + eps).rsqrt()
+    if norm.get('weight') is not None:
+        factor = factor * norm['weight'].double()
+    new_bias = -mean if bias is None else bias.double() - mean
+    new_bias = new_bias * factor
+    if norm.get('bias') is not None:
+        new_bias = new_bias + norm['bias'].double()
+    new_weight = layer.scale_output(weight.double(), factor)
+    return new_weight.to(weight.dtype), new_bias.to(weight.dtype)
+
+
+@torch.no_grad()
+def fold_(root: nn.Module, pairs: List[Tuple[str, str]]) -> List[Fold]:
+    """Folds the BatchNorms of ``pairs`` into their layers and puts identities in their places.
+
+    Each layer has a bias afterwards. The layers are quantized ones already (float layers have no say in
+    where their output channel is).
+
+    Args:
+        root: The module that the names of ``pairs`` are relative to.
+        pairs: From :func:`find_pairs`.
+
+    Returns:
+        list: What was folded; :func:`fold_state_dict` needs it.
+    """
+    folds = []
+    for layer_name, norm_name in pairs:
+        layer, norm = root.get_submodule(layer_name), root.get_submodule(norm_name)
+        state = dict(norm._parameters, running_mean=norm.running_mean, running_var=norm.running_var)
+        weight, bias = _folded(layer, layer.weight, layer.bias, state, norm.eps)
+        layer.weight.copy_(weight)
+        if layer.bias is None:
+            layer.bias = nn.Parameter(bias)
+        else:
+            layer.bias.copy_(bias)
+        parent, _, child = norm_name.rpartition('.')
+        holder = root.get_submodule(parent)
+        # Assigned through _modules: some containers (spconv's) have no plain attribute of that name.
+        holder._modules[child] = nn.Identity()
+        folds.append(Fold(layer_name, norm_name, norm.eps))
+    return folds
+
+
+def fold_state_dict(root: nn.Module, state_dict: MutableMapping, prefix: str, folds: List[Fold]) -> None:
+    """Folds the BatchNorms of a float ``state_dict``, in place; does nothing to one that is folded already.
+
+    Args:
+        root: The module that the names of ``folds`` are relative to.
+        state_dict: May hold keys of other modules too. Its tensors are replaced, never written to.
+        prefix: What the names of ``root`` begin with in ``state_dict``.
+        folds: From :func:`fold_`.
+    """
+    for fold in folds:
+        norm_prefix, layer_prefix = f'{prefix}{fold.norm}.', f'{prefix}{fold.layer}.'
+        weight = state_dict.get(layer_prefix + 'weight')
+        if weight is None or norm_prefix + 'running_var' not in state_dict:
+            continue
+        norm = {k: state_dict.pop(norm_prefix + k) for k in _NORM_STATE if norm_prefix + k in state_dict}
+        layer = root.get_submodule(fold.layer)
+        if norm['running_var'].numel() != layer.output_channels:
+            # Of another model: put back, so that whoever checks the keys can name it.
+            state_dict.update({norm_prefix + k: v for k, v in norm.items()})
+            continue
+        bias = state_dict.get(layer_prefix + 'bias')
+        weight, bias = _folded(layer, weight, bias, norm, fold.eps)
+        state_dict[layer_prefix + 'weight'], state_dict[layer_prefix + 'bias'] = weight, bias
+
+
+def norm_keys(fold: Fold, prefix: str) -> List[str]:
+    """The keys that a float checkpoint has for the BatchNorm of ``fold``."""
+    return [f'{prefix}{fold.norm}.{k}' for k in _NORM_STATE]
