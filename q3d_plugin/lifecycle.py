@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import struct
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -249,10 +250,10 @@ def check_checkpoint_file(path: str) -> None:
         torch.load(file, map_location='meta', weights_only=True)
     except pickle.UnpicklingError:
         pass  # objects that the framework's loader may allow; it decides
-    except (RuntimeError, EOFError, OSError) as error:
-        raise Q3DError(
-            f'checkpoint {str(path)!r} cannot be read ({str(error).splitlines()[0]}): copy it again'
-        ) from error
+    except (RuntimeError, EOFError, OSError, IndexError, struct.error) as error:
+        # A file in torch's old format that was cut off ends in any of these, some without a word.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise Q3DError(f'checkpoint {str(path)!r} cannot be read ({reason}): copy it again') from error
 
 
 def _is_quantizer_key(key: str) -> bool:

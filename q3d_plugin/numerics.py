@@ -43,7 +43,12 @@ def bounds(bits: int, unsigned: bool = False) -> Tuple[int, int]:
 
 
 def fake_quantize(
-    x: Tensor, amax: Tensor, bits: int, unsigned: bool = False, axis: Optional[int] = None
+    x: Tensor,
+    amax: Tensor,
+    bits: int,
+    unsigned: bool = False,
+    axis: Optional[int] = None,
+    inplace: bool = False,
 ) -> Tensor:
     """Rounds ``x`` to the grid of an integer format and back; gradients pass straight through inside the
     range.
@@ -58,6 +63,7 @@ def fake_quantize(
         bits: Width, 2 to 16.
         unsigned: Whether the integers start at zero; negative values become 0.
         axis: The axis that has ranges of its own; None for one range for all.
+        inplace: Write the result into ``x``, which saves its copy; only where no gradients are wanted.
 
     Returns:
         Tensor: Shape and dtype of ``x``.
@@ -66,6 +72,9 @@ def fake_quantize(
         >>> fake_quantize(torch.tensor([-0.3, 0.26, 9.0]), torch.tensor(7.0), bits=4)
         tensor([-0., 0., 7.])
     """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        # The inverse of a small step overflows in half precision, and 0 * inf is NaN.
+        return fake_quantize(x.float(), amax, bits, unsigned, axis).to(x.dtype)
     low, high = bounds(bits, unsigned)
     scale = (amax.detach().to(torch.float32) / high).clamp_min(_TINY)
     if torch.is_grad_enabled() and x.requires_grad:
@@ -79,7 +88,8 @@ def fake_quantize(
         shape[axis] = -1
         scale = scale.reshape(shape)
     inverse = 1.0 / scale
-    return (x * inverse.to(x.dtype)).round_().clamp_(low, high).mul_(scale.to(x.dtype))
+    scaled = x.mul_(inverse.to(x.dtype)) if inplace else x * inverse.to(x.dtype)
+    return scaled.round_().clamp_(low, high).mul_(scale.to(x.dtype))
 
 
 def dequantized_levels(x: Tensor, scale: Tensor, high: int) -> Tensor:

@@ -129,8 +129,12 @@ class Quantizer(TensorQuantizer):
         self._memo = None
         self.observer = None
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, inplace: bool = False) -> Tensor:
         """Observes, quantizes or passes on ``inputs``, as the mode says.
+
+        Args:
+            inputs: Any floating point tensor.
+            inplace: Whether ``inputs`` may be overwritten, which saves a copy; without gradients only.
 
         Raises:
             Q3DError: It was never calibrated.
@@ -152,7 +156,7 @@ class Quantizer(TensorQuantizer):
             )
         if self._seen_before(inputs):
             return self._memo[3]
-        out = numerics.fake_quantize(inputs, self._amax, self._num_bits, self._unsigned, self._axis)
+        out = numerics.fake_quantize(inputs, self._amax, self._num_bits, self._unsigned, self._axis, inplace)
         self._remember(inputs, out)
         return out
 

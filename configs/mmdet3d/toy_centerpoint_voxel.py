@@ -43,7 +43,8 @@ model = dict(
 )
 
 data_root = 'data/toy_nuscenes/'
-metainfo = dict(classes=class_names)
+# NuScenesMetric takes the version from here: v1.0-trainval where none is named.
+metainfo = dict(classes=class_names, version='v1.0-mini')
 load_points = [
     dict(type='LoadPointsFromFile', coord_type='LIDAR', load_dim=5, use_dim=5),
     # The toy set has one sweep between two keyframes; test_mode takes the nearest instead of a random one.
@@ -127,9 +128,10 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=7)
+train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=epochs)
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=32),
-    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=2, save_optimizer=False),
+    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=2),
 )
 env_cfg = dict(dist_cfg=dict(backend='gloo'))
+randomness = dict(seed=0)

@@ -6,59 +6,12 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-__all__ = ['MagnitudeHistogram', 'subsample']
+__all__ = ['MagnitudeHistogram']
 
-# Tensors above this many elements are sampled for the histogram (never for the smallest and largest value):
-# at 2**17 samples a tensor and frame the statistics cost a few per cent of a forward pass.
-SAMPLE = 2**17
-_PRIMES = (
-    3,
-    5,
-    7,
-    11,
-    13,
-    17,
-    19,
-    23,
-    29,
-    31,
-    37,
-    41,
-    43,
-    47,
-    53,
-    59,
-    61,
-    67,
-    71,
-    73,
-    79,
-    83,
-    89,
-    97,
-    101,
-    127,
-    257,
-)
-
-
-def subsample(x: Tensor, limit: int = SAMPLE) -> Tensor:
-    """Every n-th element of a large tensor, flat; the whole tensor, flat, where it is small.
-
-    The step is a prime that divides no dimension, so that no channel, row or column is left out.
-
-    Args:
-        x: Any shape.
-        limit: At most about this many elements come back.
-    """
-    flat = x.reshape(-1)
-    if flat.numel() <= limit:
-        return flat
-    wanted = flat.numel() / limit
-    for prime in _PRIMES:
-        if prime >= wanted and all(size % prime for size in x.shape):
-            return flat[::prime]
-    return flat[:: math.ceil(wanted)]
+# Elements that are counted at once.
+PIECE = 2**20
+# Values kept as they are, to check a range that was found on the histogram.
+KEPT = 2**16
 
 
 class MagnitudeHistogram:
@@ -70,6 +23,7 @@ class MagnitudeHistogram:
     Attributes:
         bins: Number of bins.
         counts: (bins,) float64 counts, None before the first value.
+        kept: Up to 65536 of the values themselves, evenly from all frames; None before the first value.
         exponent: The upper end is ``2**exponent``.
         minimum: Smallest value seen.
         maximum: Largest value seen.
@@ -79,6 +33,8 @@ class MagnitudeHistogram:
     def __init__(self, bins: int = 4096) -> None:
         self.bins = bins
         self.counts: Optional[Tensor] = None
+        self.kept: Optional[Tensor] = None
+        self.halved = 0
         self.exponent: Optional[int] = None
         self.minimum = math.inf
         self.maximum = -math.inf
@@ -120,9 +76,42 @@ class MagnitudeHistogram:
             self._grow(min(max(math.frexp(largest)[1], -100), 126))
         elif self.exponent is None:
             self.exponent = -100
-        sample = subsample(x).abs().float()
-        self.counts += torch.histc(sample, bins=self.bins, min=0.0, max=self.top).double()
+        # In pieces, so that the copies stay small beside the activation itself.
+        for piece in x.reshape(-1).split(PIECE):
+            magnitudes = piece.float() if low >= 0 else piece.float().abs()
+            self.counts += self._count(magnitudes, largest)
+        self._keep(self._drawn(x.reshape(-1)), self.halved)
         return True
+
+    def _drawn(self, values: Tensor) -> Tensor:
+        """This frame's share of the values that are kept, by chance (the same in every run)."""
+        share = max(1, min(KEPT, len(values)) >> self.halved)
+        if share < len(values):
+            generator = torch.Generator().manual_seed(self.frames)
+            values = values[torch.randint(len(values), (share,), generator=generator).to(values.device)]
+        return values.float()
+
+    def _keep(self, values: Tensor, halved: int) -> None:
+        """Adds values of which one in ``2**halved`` was taken; halves them all while there are too many."""
+        if self.kept is None:
+            self.kept, self.halved = values.new_empty(0), halved
+        values = values.to(self.kept.device)
+        while halved < self.halved:
+            values, halved = _half(values, halved), halved + 1
+        while self.halved < halved:
+            self.kept, self.halved = _half(self.kept, self.halved), self.halved + 1
+        self.kept = torch.cat([self.kept, values])
+        while len(self.kept) > KEPT:
+            self.kept, self.halved = _half(self.kept, self.halved), self.halved + 1
+
+    def _count(self, magnitudes: Tensor, largest: float) -> Tensor:
+        """Histogram of ``magnitudes``, none of which is above ``largest``."""
+        exact = self.bins & (self.bins - 1) == 0 and largest < self.top
+        if magnitudes.device.type != 'cpu' or not exact:
+            return torch.histc(magnitudes, bins=self.bins, min=0.0, max=self.top)
+        # Bins whose width is a power of two make the product exact, so that these are the counts of histc,
+        # which takes several times as long on CPU.
+        return torch.bincount(magnitudes.mul(self.bins / self.top).int(), minlength=self.bins)
 
     def _grow(self, exponent: int) -> None:
         """Raises the upper end to at least ``2**exponent``."""
@@ -145,18 +134,26 @@ class MagnitudeHistogram:
         self.counts = self.counts + counts.to(self.counts.device)
         self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
         self.frames += other.frames
+        self._keep(other.kept, other.halved)
 
     def state(self) -> Tuple:
         """What :meth:`from_state` needs, in types that travel between processes."""
         counts = None if self.counts is None else self.counts.cpu()
-        return self.bins, counts, self.exponent, self.minimum, self.maximum, self.frames
+        kept = None if self.kept is None else self.kept.cpu()
+        return self.bins, counts, self.exponent, self.minimum, self.maximum, self.frames, kept, self.halved
 
     @classmethod
     def from_state(cls, state: Tuple) -> 'MagnitudeHistogram':
         """The histogram that :meth:`state` was taken from."""
         out = cls(state[0])
-        _, out.counts, out.exponent, out.minimum, out.maximum, out.frames = state
+        _, out.counts, out.exponent, out.minimum, out.maximum, out.frames, out.kept, out.halved = state
         return out
+
+
+def _half(values: Tensor, seed: int) -> Tensor:
+    """Half of ``values`` by chance, not every second one: neighbours may be of alternating channels."""
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))
+    return values[order[: len(values) // 2].to(values.device)]
 
 
 def _merge_bins(counts: Tensor, times: int) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import List
 
 import torch
+from torch import Tensor
 
 from q3d_plugin import numerics
 
@@ -27,8 +28,10 @@ def compute_ranges(quantizers: Iterable) -> List:
         if quantizer.observer.frames == 0 or quantizer.observer.amax == 0:
             empty.append(quantizer)
         else:
-            groups[(quantizer.spec.calibrator, quantizer.spec.percentile)].append(quantizer)
-    for (calibrator, percentile), members in groups.items():
+            # Few bits search a wider grid; a row of another width must not change it.
+            few = quantizer.spec.bits < 8
+            groups[(quantizer.spec.calibrator, quantizer.spec.percentile, few)].append(quantizer)
+    for (calibrator, percentile, few), members in groups.items():
         unsigned = [_is_unsigned(q) for q in members]
         amax = torch.tensor([q.observer.amax for q in members], dtype=torch.float32)
         if calibrator != 'max':
@@ -41,13 +44,30 @@ def compute_ranges(quantizers: Iterable) -> List:
             elif calibrator == 'entropy':
                 amax = numerics.search_entropy(counts, top, amax, high)
             else:
-                lowest = 0.2 if min(q.spec.bits for q in members) >= 8 else 0.05
-                amax = numerics.search_mse(counts, top, amax, high, lowest, light=calibrator == 'grid')
+                lowest = 0.05 if few else 0.2
+                found = numerics.search_mse(counts, top, amax, high, lowest, light=calibrator == 'grid')
+                amax = torch.stack(
+                    [_better(q, f, a, u) for q, f, a, u in zip(members, found, amax, unsigned)]
+                )
         for quantizer, value, positive in zip(members, amax, unsigned):
             quantizer.set_range(value, positive)
     for quantizer in empty:
         quantizer.leave_float()
     return empty
+
+
+def _better(quantizer, found: Tensor, amax: Tensor, unsigned: bool) -> Tensor:
+    """``found``, unless the largest magnitude has the lower squared error on the values that were kept.
+
+    A bin of the histogram knows its centre only: where values sit at few points (whole numbers, say), or
+    steps are not much wider than bins (9 bits and more), the search can be wrong by more than it gains.
+    """
+    kept = quantizer.observer.kept.cpu()
+    errors = [
+        (numerics.fake_quantize(kept, a, quantizer.spec.bits, unsigned) - kept).square().sum()
+        for a in (found, amax)
+    ]
+    return found if errors[0] <= errors[1] else amax
 
 
 def _is_unsigned(quantizer) -> bool:

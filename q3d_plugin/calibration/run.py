@@ -26,12 +26,13 @@ def collect(
         names: Gives the name of a batch for messages; its number where None.
 
     Returns:
-        int: Number of batches seen.
+        int: Number of batches seen, by all ranks together.
 
     Raises:
         Q3DError: An activation holds NaN or Inf. Layer and frame are named.
     """
-    training = model.training
+    # Not model.train(training) afterwards: parts that were in eval mode by themselves would leave it.
+    modes = {m: m.training for m in model.modules()}
     model.eval()
     for quantizer in quantizers:
         quantizer.observe()
@@ -51,13 +52,14 @@ def collect(
                     break
                 number += 1
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     # Every rank has to stop, or the others would wait for this one for ever.
     problem = next((p for p in _from_all_ranks(problem) if p), None)
     if problem:
         raise Q3DError(problem)
     merge_ranks(quantizers)
-    return number
+    return sum(_from_all_ranks(number))
 
 
 def _from_all_ranks(value) -> List:

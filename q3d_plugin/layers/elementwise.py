@@ -37,4 +37,8 @@ class QuantConcat(QuantUnit):
         self._init_unit()
 
     def forward(self, tensors: Sequence[Tensor], dim: int = 1) -> Tensor:
-        return torch.cat([self.quantize_input(t) for t in tensors], dim=dim)
+        if torch.is_grad_enabled() or self.input_quantizer is None or self.input_quantizer.shared:
+            return torch.cat([self.quantize_input(t) for t in tensors], dim=dim)
+        # The same values without a quantized copy of every input: at the neck of a detector, where the
+        # largest tensors meet, those copies would be the peak of its memory.
+        return self.input_quantizer(torch.cat(list(tensors), dim=dim), inplace=True)

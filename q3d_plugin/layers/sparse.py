@@ -35,8 +35,8 @@ class QuantSparseConvolution(QuantWeightLayer):
 
     def scale_output(self, weight: Tensor, factor: Tensor) -> Tensor:
         if has_quirky_1x1(self):
-            return (weight.reshape(self.in_channels, self.out_channels) * factor).reshape(weight.shape)
-        if weight.shape != self.weight.shape:
+            return (weight.reshape(-1, self.out_channels) * factor).reshape(weight.shape)
+        if weight.shape != self.weight.shape and weight.shape[-1] == self.out_channels:
             # A checkpoint of spconv 1.x, (k, k, k, in, out): its loader permutes it after the fold.
             return weight * factor
         return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))

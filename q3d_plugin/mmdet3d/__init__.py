@@ -4,9 +4,11 @@ from q3d_plugin.cpu import enable_cpu_mode
 
 enable_cpu_mode()
 
+from q3d_plugin.mmdet3d.checkpoints import trust_mmengine_checkpoints  # noqa: E402
 from q3d_plugin.mmdet3d.hook import QuantHook  # noqa: E402
 from q3d_plugin.mmdet3d.parts import register_parts  # noqa: E402
 
 register_parts()
+trust_mmengine_checkpoints()
 
 __all__ = ['QuantHook', 'register_parts']

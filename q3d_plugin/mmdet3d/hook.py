@@ -8,11 +8,8 @@ import uuid
 from pathlib import Path
 from typing import Dict, Optional
 
-import numpy as np
-import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import Hook
-from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
@@ -23,20 +20,6 @@ from q3d_plugin.mmdet3d.data import calibration_loader, frame_name
 from q3d_plugin.recipe import Recipe
 
 __all__ = ['QuantHook']
-
-
-def _trust_mmengine_checkpoints() -> None:
-    """Lets ``torch.load(weights_only=True)`` read what MMEngine writes into training checkpoints."""
-    if not hasattr(torch.serialization, 'add_safe_globals'):
-        return
-    dtypes = [np.dtype(kind) for kind in ('float32', 'float64', 'int32', 'int64', 'bool')]
-    torch.serialization.add_safe_globals(
-        [HistoryBuffer, np.ndarray, np.dtype, np.core.multiarray._reconstruct, np.core.multiarray.scalar]
-        + [type(d) for d in dtypes]
-    )
-
-
-_trust_mmengine_checkpoints()
 
 
 @HOOKS.register_module()

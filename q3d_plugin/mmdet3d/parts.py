@@ -99,8 +99,6 @@ def _quant_type(part: Part, base: Type[nn.Module]) -> Type[nn.Module]:
     def __init__(self, *args, **kwargs):
         base.__init__(self, *args, **kwargs)
         quantize_(self, BLOCKS)
-        if part.mixin is not None:
-            self.setup_quant()
 
     doc = f'``{base.__name__}`` with quantized layers and BatchNorm folded; takes the same arguments.'
     name = f'Quant{base.__name__}'

@@ -6,7 +6,7 @@ from typing import List, Type
 from torch import nn
 
 from q3d_plugin.layers import InputGroup, QuantUnit, QuantWeightLayer, converted, why_not
-from q3d_plugin.recipe import Recipe
+from q3d_plugin.recipe import ActivationSpec, LayerPlan, Recipe, WeightSpec
 from q3d_plugin.transforms.fold import find_pairs, fold_, fold_state_dict
 
 __all__ = ['quantize_', 'share_input']
@@ -22,8 +22,8 @@ def quantize_(root: nn.Module, blocks: Mapping[Type[nn.Module], Type[nn.Module]]
     Args:
         root: A float module; changed in place.
         blocks: Float block class -> quantized block class, for blocks whose forward has an addition or a
-            concatenation. The quantized class derives from the float one and may have a method
-            ``setup_quant()``, which is called once its layers are converted.
+            concatenation. The quantized class derives from the float one. It may have a method
+            ``setup_quant()``, as ``root`` may, which is called once the layers below are converted.
 
     Returns:
         nn.Module: ``root``.
@@ -37,11 +37,18 @@ def quantize_(root: nn.Module, blocks: Mapping[Type[nn.Module], Type[nn.Module]]
             changed.append(module)
         elif not why_not(module):
             converted(module)
-    root._q3d_folds = fold_(root, pairs)
-    root._register_load_state_dict_pre_hook(_fold_hook, with_module=True)
-    for module in changed:
+    # A Quant type may derive from another one, whose folds are there already.
+    if not hasattr(root, '_q3d_folds'):
+        root._q3d_folds = []
+        root._register_load_state_dict_pre_hook(_load_hook, with_module=True)
+    root._q3d_folds += fold_(root, pairs)
+    for module in [*(m for m in changed if m is not root), root]:
         if hasattr(module, 'setup_quant'):
             module.setup_quant()
+    # Until a recipe or a quantized checkpoint comes, every layer has quantizers without a range: a forward
+    # pass is an error then, not a float result that passes for a quantized one.
+    apply_recipe(root, Recipe())
+    root._q3d_configured = False
     return root
 
 
@@ -55,6 +62,8 @@ def apply_recipe(root: nn.Module, recipe: Recipe, prefix: str = '') -> None:
     """
     shared = {}
     for name, module in root.named_modules():
+        if hasattr(module, '_q3d_configured'):
+            module._q3d_configured = True
         if isinstance(module, QuantUnit):
             module.apply_plan(recipe.plan(prefix + name), prefix + name, shared)
 
@@ -67,8 +76,34 @@ def share_input(layers: Iterable[nn.Module]) -> None:
             layer.input_group = group
 
 
-def _fold_hook(module, state_dict, prefix, *_) -> None:
+def _load_hook(module, state_dict, prefix, *_) -> None:
     fold_state_dict(module, state_dict, prefix, module._q3d_folds)
+    if not module._q3d_configured:
+        _adopt_quantizers(module, state_dict, prefix)
+
+
+def _adopt_quantizers(root: nn.Module, state_dict: Mapping, prefix: str) -> None:
+    """Gives ``root`` the quantizers that a quantized checkpoint describes; a float one changes nothing.
+
+    It lets a quantized checkpoint run where no recipe is at hand, in MMDetection3D's ``init_model`` for
+    example.
+    """
+    described = [k for k in state_dict if k.startswith(prefix) and k.endswith('_quantizer._state')]
+    if not described:
+        return
+    shared = {}
+    for name, unit in root.named_modules():
+        if not isinstance(unit, QuantUnit):
+            continue
+        specs = {}
+        for kind, spec in (('weight', WeightSpec), ('input', ActivationSpec)):
+            state = state_dict.get(f'{prefix}{name}.{kind}_quantizer._state')
+            specs[kind] = None if state is None else spec(bits=int(state[1]))
+        reason = '' if specs['weight'] or specs['input'] else 'float in the checkpoint'
+        amax = state_dict.get(f'{prefix}{name}.input_quantizer._amax')
+        # Layers that read the same tensor may have had recipes, and so ranges, of their own.
+        ranges = shared.setdefault(None if amax is None else float(amax), {})
+        unit.apply_plan(LayerPlan(specs['weight'], specs['input'], reason), prefix + name, ranges)
 
 
 def first_layer(module: nn.Module) -> nn.Module:

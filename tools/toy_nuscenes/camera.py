@@ -172,6 +172,7 @@ def render(
     planes = inverse_depth(normals[which] @ rotation, local[:, 0], intrinsic).astype(np.float32)
     projected = local @ intrinsic.T
     whole = local[..., 2].min(1) >= NEAR
+    nearest = np.full((height, width), -1, np.int16)
     for face in range(len(which)):
         pixels = projected[face] if whole[face] else clip_near(local[face]) @ intrinsic.T
         pixels = pixels[:, :2] / pixels[:, 2:]
@@ -189,7 +190,9 @@ def render(
         front = plane > window
         front &= mask.view(bool)
         np.copyto(window, plane, where=front)
-        np.copyto(image[top:bottom, left:right], colors[face], where=front[..., None])
+        np.copyto(nearest[top:bottom, left:right], face, where=front)
+    drawn = nearest >= 0
+    image[drawn] = colors[nearest[drawn]]
     return cv2.resize(image, (WIDTH, HEIGHT), interpolation=cv2.INTER_NEAREST)
 
 
@@ -197,7 +200,7 @@ def encode(image: np.ndarray) -> bytes:
     """JPEG file of an RGB image (H, W, 3)."""
     # Flat images spend nearly all bytes on the codes of empty blocks, which optimised tables make shorter.
     options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY, cv2.IMWRITE_JPEG_OPTIMIZE, 1]
-    ok, data = cv2.imencode('.jpg', image[..., ::-1], options)
+    ok, data = cv2.imencode('.jpg', cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
     if not ok:
         raise RuntimeError('OpenCV could not encode a camera image as JPEG')
     return data.tobytes()

@@ -1,0 +1,78 @@
+"""Additions and concatenations: one quantizer for all inputs."""
+
+import pytest
+import torch
+
+from q3d_plugin.layers import QuantAdd, QuantConcat
+from q3d_plugin.quantizer import Quantizer
+from q3d_plugin.recipe import Recipe
+
+
+def prepared(unit, amax=None, **recipe):
+    unit.apply_plan(Recipe.from_dict(recipe).plan('unit'), 'unit', {})
+    if amax is not None:
+        unit.input_quantizer.set_range(torch.tensor(amax))
+    return unit
+
+
+def by_hand(x, amax, high):
+    return torch.fake_quantize_per_tensor_affine(x, amax / high, 0, -high - 1, high)
+
+
+@pytest.mark.parametrize('recipe', [None, dict(skip=['unit']), dict(activation=None)])
+def test_without_a_quantizer_they_add_and_concatenate(recipe):
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    add, concat = QuantAdd(), QuantConcat()
+    if recipe is not None:
+        prepared(add, **recipe)
+        prepared(concat, **recipe)
+    assert add.quantizers() == [] and concat.quantizers() == []
+    assert torch.equal(add(a, b), a + b)
+    assert torch.equal(concat([a, b], dim=2), torch.cat([a, b], dim=2))
+    assert torch.equal(concat((a, b)), torch.cat([a, b], dim=1))
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+def test_both_inputs_of_an_addition_are_on_one_grid(bits):
+    add = prepared(QuantAdd(), 1.5, activation=dict(bits=bits))
+    quantizers = [m for m in add.modules() if isinstance(m, Quantizer)]
+    assert quantizers == add.quantizers() and len(quantizers) == 1
+    a, b = torch.randn(2, 9), torch.randn(2, 9) * 0.1
+    high = 2 ** (bits - 1) - 1
+    assert torch.equal(add(a, b), by_hand(a, 1.5, high) + by_hand(b, 1.5, high))
+    steps = add(a, b) * high / 1.5
+    assert torch.allclose(steps, steps.round(), atol=1e-3)
+
+
+def test_all_inputs_of_a_concatenation_are_on_one_grid():
+    concat = prepared(QuantConcat(), 1.5, activation=dict(bits=4))
+    parts = [torch.randn(2, c, 3) * 10**-c for c in range(1, 4)]
+    expected = torch.cat([by_hand(p, 1.5, 7) for p in parts], dim=1)
+    assert torch.equal(concat(parts, dim=1), expected)
+    assert len(concat.quantizers()) == 1
+
+
+@pytest.mark.parametrize('unit', [QuantAdd, QuantConcat])
+def test_statistics_are_of_both_inputs(unit):
+    unit = prepared(unit())
+    unit.input_quantizer.observe()
+    a, b = torch.rand(2, 5), torch.rand(2, 5) * -7
+    unit(a, b) if isinstance(unit, QuantAdd) else unit([a, b])
+    observer = unit.input_quantizer.observer
+    assert observer.frames == 2
+    assert (observer.minimum, observer.maximum) == (float(b.min()), float(a.max()))
+    assert observer.counts.sum() == 20
+
+
+def test_adding_a_tensor_to_itself_and_gradients_to_both_inputs():
+    add = prepared(QuantAdd(), 100.0)
+    a, b = torch.randn(6, requires_grad=True), torch.randn(6, requires_grad=True)
+    add(a, b).sum().backward()
+    assert torch.equal(a.grad, torch.ones(6)) and torch.equal(b.grad, torch.ones(6))
+    with torch.no_grad():
+        assert torch.equal(add(a, a), 2 * by_hand(a, 100.0, 127))
+
+
+def test_they_have_no_weights_in_a_state_dict():
+    add = prepared(QuantAdd(), 2.0)
+    assert set(add.state_dict()) == {'input_quantizer._amax', 'input_quantizer._state'}

@@ -1,0 +1,193 @@
+"""The registered Quant types against the float types of MMDetection3D."""
+
+import inspect
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet3d.registry import MODELS
+from mmengine.runner.checkpoint import load_state_dict
+
+from q3d_plugin import lifecycle
+from q3d_plugin.mmdet3d.parts import BLOCKS, PARTS
+from q3d_plugin.recipe import Recipe
+
+SHARED = Path(os.environ.get('Q3D_SHARED', Path(__file__).resolve().parents[3] / 'shared'))
+FRAME = sorted((SHARED / 'data' / 'nuscenes_frame').glob('*LIDAR_TOP*.pcd.bin'))
+TOY = ('toy_centerpoint_voxel.py', 'toy_centerpoint_voxel_w8a8.py')
+FULL_BASE = 'centerpoint_voxel0075_second_secfpn_nus_w8a8.py'
+FLOAT_TYPES = {
+    'pts_middle_encoder.type': 'SparseEncoder',
+    'pts_backbone.type': 'SECOND',
+    'pts_neck.type': 'SECONDFPN',
+    'pts_bbox_head.type': 'CenterHead',
+}
+
+
+def relative_error(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def load(model, reference):
+    lifecycle.check_state_dict(model, reference.state_dict())
+    load_state_dict(model, reference.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize('part', PARTS, ids=lambda p: p.base)
+def test_every_quant_type_takes_the_arguments_of_its_float_type(part):
+    base, quant = MODELS.get(part.base), MODELS.get(f'Quant{part.base}')
+    assert issubclass(quant, base)
+    if part.mixin is not None and 'forward' in vars(part.mixin):
+        mine = inspect.signature(part.mixin.forward).parameters
+        assert list(mine) == list(inspect.signature(base.forward).parameters)
+
+
+def test_blocks_derive_from_what_they_replace():
+    for base, quant in BLOCKS.items():
+        assert issubclass(quant, base)
+
+
+def test_toy_off_is_float(build_model, points, raw_outputs):
+    reference, model = (build_model(c) for c in TOY)
+    lifecycle.configure(model, Recipe.from_dict({'mode': 'float'}))
+    load(model, reference)
+    expected, got = raw_outputs(reference, points), raw_outputs(model, points)
+    assert expected.keys() == got.keys() and len(got) == 36
+    for name in expected:
+        assert relative_error(got[name], expected[name]) < 1e-4, name
+
+
+@pytest.mark.skipif(not FRAME, reason='the real nuScenes frame is not here')
+def test_full_size_off_is_float_on_the_real_frame(build_model, raw_outputs):
+    points = torch.from_numpy(np.fromfile(FRAME[0], np.float32).reshape(-1, 5))
+    reference = build_model(FULL_BASE, **FLOAT_TYPES)
+    assert not lifecycle.units(reference)
+    model = build_model(FULL_BASE)
+    lifecycle.configure(model, Recipe.from_dict({'mode': 'float'}))
+    load(model, reference)
+    expected, got = raw_outputs(reference, points), raw_outputs(model, points)
+    for name in expected:
+        assert relative_error(got[name], expected[name]) < 1e-4, name
+
+
+def test_int8_differs_from_float_but_not_much(build_model, points, raw_outputs):
+    reference, model = (build_model(c) for c in TOY)
+    lifecycle.configure(model, Recipe.from_dict({}))
+    load(model, reference)
+    lifecycle.calibrate(model, [points], lambda frame: raw_outputs(model, frame))
+    expected, got = raw_outputs(reference, points), raw_outputs(model, points)
+    errors = [((got[k] - v).norm() / v.norm()).item() for k, v in expected.items()]
+    assert 1e-3 < max(errors) < 0.3
+
+
+def test_every_convolution_of_the_toy_is_quantized(build_model, points, raw_outputs):
+    model = build_model(TOY[1])
+    lifecycle.configure(model, Recipe.from_dict({}))
+    lifecycle.calibrate(model, [points], lambda frame: raw_outputs(model, frame))
+    rows = lifecycle.coverage(model)
+    assert [r.name for r in rows if not r.quantized] == []
+    kinds = {kind: sum(r.kind == kind for r in rows) for kind in {r.kind for r in rows}}
+    # 8 residual blocks of two, conv_input; 12 + 1 + 1 + 72 dense ones; three strided ones and conv_out.
+    assert kinds == {
+        'SubMConv3d': 17,
+        'SparseConv3d': 4,
+        'Conv2d': 12 + 1 + 1 + 72,
+        'ConvTranspose2d': 1,
+        'Add': 8,
+        'Concat': 1,
+    }
+    # Behind a ReLU the range is unsigned; the voxel means and the sum before a ReLU have both signs.
+    signed = {r.name for r in rows if r.activation.startswith('int8')}
+    assert signed == {r.name for r in rows if r.kind == 'Add'} | {'pts_middle_encoder.conv_input.0'}
+
+
+def test_first_layers_of_all_branches_share_one_quantizer(build_model):
+    model = build_model(TOY[1])
+    lifecycle.configure(model, Recipe.from_dict({}))
+    heads = model.pts_bbox_head.task_heads
+    first = {getattr(h, b)[0].conv.input_quantizer for h in heads for b in h.heads}
+    assert len(first) == 1 and len(first.pop().owners) == 36
+
+
+def test_gradients_reach_every_float_weight(build_model, points):
+    model = build_model(TOY[1])
+    lifecycle.configure(model, Recipe.from_dict({'mode': 'qat'}))
+
+    def forward(frame):
+        inputs = model.data_preprocessor({'inputs': {'points': [frame]}, 'data_samples': []}, True)['inputs']
+        return model.pts_bbox_head(model.extract_feat(inputs, [{}])[1])
+
+    lifecycle.calibrate(model, [points], forward)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.train()
+    tasks = forward(points)
+    sum(v.square().mean() for task in tasks for v in task[0].values()).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_a_model_without_a_recipe_does_not_run(build_model, points, raw_outputs):
+    with pytest.raises(ValueError, match='QuantHook'):
+        raw_outputs(build_model(TOY[1]), points)
+
+
+def test_a_quantized_checkpoint_needs_no_hook(build_model, points, raw_outputs, tmp_path):
+    recipe = Recipe.from_dict({'skip': ['pts_bbox_head.task_heads.0.heatmap.1']})
+    model = build_model(TOY[1])
+    lifecycle.configure(model, recipe)
+    lifecycle.calibrate(model, [points], lambda frame: raw_outputs(model, frame))
+    lifecycle.save_checkpoint(model, recipe, tmp_path / 'q.pth')
+    other = build_model(TOY[1])
+    load_state_dict(other, torch.load(tmp_path / 'q.pth', weights_only=True)['state_dict'], strict=True)
+    for (name, a), b in zip(raw_outputs(model, points).items(), raw_outputs(other, points).values()):
+        assert torch.equal(a, b), name
+
+
+def quantized_names(cfg):
+    """The config with Quant before every type of the table, and how many there were."""
+    names, found = {p.base for p in PARTS}, 0
+    for part in cfg.values():
+        if isinstance(part, dict) and part.get('type') in names:
+            part['type'] = f'Quant{part["type"]}'
+            found += 1
+    return cfg, found
+
+
+@pytest.mark.parametrize(
+    ('config', 'parts'),
+    [
+        ('pointpillars/pointpillars_hv_secfpn_8xb6-160e_kitti-3d-car.py', 4),
+        ('second/second_hv_secfpn_8xb6-80e_kitti-3d-car.py', 4),
+        ('centerpoint/centerpoint_pillar02_second_secfpn_8xb4-cyclic-20e_nus-3d.py', 4),
+    ],
+)
+def test_other_detectors_off_is_float(config, parts, randomized, wheel_config, points):
+    torch.manual_seed(0)
+    reference = randomized(MODELS.build(wheel_config(config)))
+    cfg, found = quantized_names(wheel_config(config))
+    assert found == parts
+    model = MODELS.build(cfg)
+    lifecycle.configure(model, Recipe.from_dict({'mode': 'float'}))
+    load(model, reference)
+    assert all(r.quantized or r.note == 'switched off' for r in lifecycle.coverage(model))
+    # KITTI looks ahead only, and has no time channel.
+    points = points.clone()
+    points[:, 0].abs_()
+    if not hasattr(model, 'pts_bbox_head'):
+        points = points[:, :4]
+
+    def forward(detector):
+        detector.eval()
+        batch = {'inputs': {'points': [points]}, 'data_samples': []}
+        with torch.no_grad():
+            inputs = detector.data_preprocessor(batch, False)['inputs']
+            if hasattr(detector, 'pts_bbox_head'):
+                out = detector.pts_bbox_head(detector.extract_feat(inputs, [{}])[1])
+                return [v for task in out for v in task[0].values()]
+            return [level for kind in detector.bbox_head(detector.extract_feat(inputs)) for level in kind]
+
+    for got, expected in zip(forward(model), forward(reference)):
+        assert relative_error(got, expected) < 1e-4

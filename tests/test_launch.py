@@ -1,0 +1,186 @@
+"""From the command line to the framework's own script."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from q3d_plugin import launch
+from q3d_plugin.errors import Q3DError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder, which is the current one, with two configs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'config.py').write_text('model = dict()\n')
+    (tmp_path / 'pillars.yaml').write_text('MODEL: {}\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    'argv, expected',
+    [
+        (['config.py', 'float.pth'], 'config.py'),
+        (['float.pth', 'config.py'], 'config.py'),
+        (['--launcher', 'none', 'config.py'], 'config.py'),
+        (['pillars.yaml'], 'pillars.yaml'),
+        (['--cfg_file', 'pillars.yaml', '--ckpt', 'a.pth'], 'pillars.yaml'),
+        (['--cfg_file=pillars.yaml'], 'pillars.yaml'),
+        (['config.py', '--cfg_file', 'pillars.yaml'], 'pillars.yaml'),
+        (['--option=other.py', 'config.py'], 'config.py'),
+    ],
+)
+def test_the_config_is_found_among_the_arguments(here, argv, expected):
+    assert launch.find_config(argv) == Path(expected)
+
+
+@pytest.mark.parametrize('argv', [[], ['float.pth'], ['--work-dir', 'out'], ['--cfg_file']])
+def test_no_config_is_an_error_that_says_what_to_give(here, argv):
+    with pytest.raises(Q3DError, match=r'no config among the arguments.*\.py.*\.yaml'):
+        launch.find_config(argv)
+
+
+@pytest.mark.parametrize('argv', [['missing.py'], ['--cfg_file', 'missing.yaml'], ['sub/config.py']])
+def test_a_config_that_is_not_there_is_named_with_where_it_was_looked_for(here, argv):
+    with pytest.raises(Q3DError) as caught:
+        launch.find_config(argv)
+    assert repr(argv[-1]) in str(caught.value) and str(here) in str(caught.value)
+
+
+def test_a_folder_is_no_config(here):
+    (here / 'folder.py').mkdir()
+    with pytest.raises(Q3DError, match='not a file'):
+        launch.find_config(['folder.py'])
+
+
+def test_a_script_comes_from_the_checkout_that_is_named(here, monkeypatch):
+    (here / 'tools').mkdir()
+    (here / 'tools' / 'test.py').write_text('')
+    assert launch.find_script('test.py', str(here)) == here / 'tools' / 'test.py'
+    monkeypatch.setenv('MMDET3D_ROOT', str(here))
+    assert launch.find_script('test.py') == here / 'tools' / 'test.py'
+    with pytest.raises(Q3DError, match=r'MMDET3D_ROOT=.* has no tools/train\.py'):
+        launch.find_script('train.py')
+
+
+def test_folders_that_can_be_written_are_left_as_they_were(here):
+    launch.check_writable(here)
+    launch.check_writable(Path('new/deep/er'))
+    assert sorted(p.name for p in here.iterdir()) == ['config.py', 'pillars.yaml']
+
+
+@pytest.mark.parametrize('folder', ['config.py', 'config.py/run', 'config.py/run/1'])
+def test_a_file_in_the_way_is_named(here, folder):
+    with pytest.raises(Q3DError) as caught:
+        launch.check_writable(Path(folder))
+    message = str(caught.value)
+    assert repr(folder) in message and f'{here / "config.py"} is a file' in message
+
+
+@pytest.mark.skipif(os.name != 'posix' or os.geteuid() == 0, reason='root can write everywhere')
+def test_a_folder_without_permission_is_named(here):
+    (here / 'closed').mkdir(mode=0o500)
+    with pytest.raises(Q3DError, match='cannot be written'):
+        launch.check_writable(here / 'closed' / 'run')
+
+
+@pytest.mark.parametrize(
+    'folder, error', [('closed', PermissionError(13, 'Permission denied')), ('full', OSError(28, 'No space'))]
+)
+def test_what_the_system_says_of_a_folder_is_in_the_error(here, monkeypatch, folder, error):
+    def refuse(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Path, 'touch', refuse)
+    with pytest.raises(Q3DError, match=f'{folder}.*{error.strerror}'):
+        launch.check_writable(here / folder)
+
+
+def run_main(monkeypatch, capsys, argv):
+    """Exit status and standard error of ``main('test.py')``; arguments and path are restored afterwards."""
+    monkeypatch.setattr(sys, 'argv', [str(ROOT / 'tools' / 'test.py'), *argv])
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    with pytest.raises(SystemExit) as caught:
+        launch.main('test.py')
+    return caught.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'argv, words',
+    [
+        ([], 'no config among the arguments'),
+        (['missing.py'], "'missing.py' is not a file"),
+        (['--cfg_file', 'pillars.yaml'], 'OpenPCDet configs are not supported'),
+    ],
+)
+def test_a_mistake_ends_with_one_line_and_status_2(here, monkeypatch, capsys, argv, words):
+    status, text = run_main(monkeypatch, capsys, argv)
+    assert status == 2
+    assert text.startswith('q3d_plugin: ') and text.count('\n') == 1
+    assert words in text
+
+
+def test_a_checkout_without_the_script_ends_with_one_line_and_status_2(here, monkeypatch, capsys):
+    monkeypatch.setenv('MMDET3D_ROOT', str(here))
+    status, text = run_main(monkeypatch, capsys, ['config.py'])
+    assert status == 2 and 'has no tools/test.py' in text and text.count('\n') == 1
+
+
+def test_the_script_runs_as_if_called_directly_with_the_plugin_registered(here):
+    pytest.importorskip('mmdet3d')
+    (here / 'mm' / 'tools').mkdir(parents=True)
+    (here / 'tools').mkdir()
+    script = here / 'mm' / 'tools' / 'test.py'
+    # profile.py stands beside the launching script, and must not hide the standard library's.
+    (here / 'tools' / 'profile.py').write_text('raise SystemExit("the neighbour was imported")\n')
+    starter = here / 'tools' / 'test.py'
+    starter.write_text("from q3d_plugin.launch import main\n\nmain('test.py')\n")
+    script.write_text(
+        'import profile, sys\n'
+        'from mmengine.registry import HOOKS\n'
+        "print('RAN', __name__, sys.argv[0], sys.argv[1:], HOOKS.get('QuantHook') is not None)\n"
+        'sys.exit(7)\n'
+    )
+    env = {**os.environ, 'MMDET3D_ROOT': str(here / 'mm'), 'PYTHONPATH': str(ROOT)}
+    command = [sys.executable, str(starter), 'config.py', '--work-dir', 'out', '--flag']
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 7, done.stderr
+    assert f"RAN __main__ {script} ['config.py', '--work-dir', 'out', '--flag'] True" in done.stdout
+    assert not (here / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    'argv, lines, expected',
+    [
+        (['config.py', '--work-dir', 'out'], "work_dir = 'set'", 'out'),
+        (['config.py', '--work-dir=out'], "work_dir = 'set'", 'out'),
+        (['config.py'], "work_dir = 'set'", 'set'),
+        (['config.py'], 'work_dir = None', 'work_dirs/config'),
+        (['config.py'], '', 'work_dirs/config'),
+    ],
+)
+def test_a_work_dir_that_cannot_be_made_stops_before_the_script(
+    here, monkeypatch, capsys, argv, lines, expected
+):
+    """The rule of MMDetection3D's scripts says which folder it is: argument, config, name of the config."""
+    pytest.importorskip('mmengine')
+    # Importing the real adapter takes ten seconds and changes nothing here.
+    monkeypatch.setitem(sys.modules, 'q3d_plugin.mmdet3d', types.ModuleType('q3d_plugin.mmdet3d'))
+    monkeypatch.setenv('MMDET3D_ROOT', str(here))
+    (here / 'tools').mkdir()
+    (here / 'tools' / 'test.py').write_text("raise RuntimeError('the script ran')\n")
+    (here / 'config.py').write_text(f'model = dict()\n{lines}\n')
+    first = Path(expected).parts[0]
+    (here / first).write_text('a file in the way')
+    status, text = run_main(monkeypatch, capsys, argv)
+    assert status == 2 and text.count('\n') == 1
+    assert f'work_dir {expected!r} cannot be made: {here / first} is a file' in text
+    (here / first).unlink()
+    with pytest.raises(RuntimeError, match='the script ran'):
+        launch.main('test.py')

@@ -1,0 +1,302 @@
+"""One quantizer: what it does in each mode, what it remembers, and what a state dict carries."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from pytorch_quantization.nn import TensorQuantizer
+
+from q3d_plugin import numerics
+from q3d_plugin.errors import Q3DError
+from q3d_plugin.quantizer import Mode, Quantizer
+from q3d_plugin.recipe import ActivationSpec, WeightSpec
+
+
+def activation(amax=1.5, unsigned=False, owners=('a',), **fields):
+    """A calibrated quantizer of an activation."""
+    quantizer = Quantizer(ActivationSpec(**fields), name='a.input_quantizer')
+    quantizer.owners += owners
+    quantizer.set_range(torch.tensor(amax), unsigned)
+    return quantizer
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The tensors that were really quantized."""
+    seen, plain = [], numerics.fake_quantize
+
+    def counting(x, *args, **kwargs):
+        seen.append(x.shape)
+        return plain(x, *args, **kwargs)
+
+    monkeypatch.setattr(numerics, 'fake_quantize', counting)
+    return seen
+
+
+def test_tools_that_look_for_tensor_quantizers_find_it():
+    assert isinstance(Quantizer(ActivationSpec()), TensorQuantizer)
+    assert isinstance(Quantizer(WeightSpec(), 4, 0), TensorQuantizer)
+
+
+def test_without_a_range_a_forward_is_an_error_that_names_the_layer():
+    quantizer = Quantizer(ActivationSpec(), name='neck.0.input_quantizer')
+    assert quantizer.mode is Mode.UNCALIBRATED
+    with pytest.raises(Q3DError, match=r'neck\.0\.input_quantizer has no range.*QuantHook'):
+        quantizer(torch.ones(3))
+
+
+@pytest.mark.parametrize('bits', [2, 4, 8, 16])
+@pytest.mark.parametrize('unsigned', [False, True])
+def test_it_quantizes_as_torchs_kernel_does(bits, unsigned):
+    quantizer = activation(2.0, unsigned, bits=bits)
+    assert quantizer.mode is (Mode.UNSIGNED if unsigned else Mode.SIGNED)
+    low, high = numerics.bounds(bits, unsigned)
+    x = torch.randn(500)
+    zero = torch.zeros((), dtype=torch.int32)
+    expected = torch.fake_quantize_per_tensor_affine(x, torch.tensor(2.0) / high, zero, low, high)
+    assert torch.equal(quantizer(x), expected)
+
+
+def test_a_weight_has_a_range_for_each_channel_of_its_axis():
+    quantizer = Quantizer(WeightSpec(bits=4), channels=3, axis=1)
+    assert quantizer.per_channel
+    amax = torch.tensor([0.5, 1.0, 2.0])
+    quantizer.set_range(amax)
+    x = torch.randn(5, 3, 2)
+    out = quantizer(x)
+    for c in range(3):
+        expected = torch.fake_quantize_per_tensor_affine(x[:, c], float(amax[c] / 7), 0, -8, 7)
+        assert torch.allclose(out[:, c], expected)
+
+
+def test_observing_lets_the_input_through_and_counts_it():
+    quantizer = activation(0.1)
+    quantizer.observe()
+    x = torch.randn(1000)
+    assert quantizer(x) is x
+    assert quantizer.observer.amax == float(x.abs().max())
+    assert quantizer.observer.frames == 1 and quantizer.finite
+    quantizer.set_range(torch.tensor(1.0))
+    assert not quantizer.observing
+    assert not torch.equal(quantizer(x), x)
+
+
+def test_nan_is_remembered_whatever_comes_after():
+    quantizer = Quantizer(ActivationSpec())
+    quantizer.observe()
+    quantizer(torch.tensor([1.0, float('nan')]))
+    quantizer(torch.ones(2))
+    assert not quantizer.finite
+    quantizer.observe()
+    assert quantizer.finite and quantizer.observer.frames == 0
+
+
+def test_left_float_and_disabled_let_the_input_through():
+    x = torch.randn(50)
+    quantizer = activation(0.5, bits=2)
+    quantized = quantizer(x)
+    assert not torch.equal(quantized, x)
+    quantizer.disable()
+    assert quantizer(x) is x
+    quantizer.enable()
+    assert torch.equal(quantizer(x), quantized)
+    quantizer.leave_float()
+    assert quantizer.mode is Mode.FLOAT
+    assert quantizer(x) is x
+
+
+def test_a_disabled_quantizer_takes_no_statistics():
+    quantizer = Quantizer(ActivationSpec())
+    quantizer.observe()
+    quantizer.disable()
+    quantizer(torch.ones(3))
+    assert quantizer.observer.frames == 0
+
+
+def test_an_empty_input_comes_back_whether_calibrated_or_not():
+    empty = torch.zeros(0, 16)
+    assert Quantizer(ActivationSpec())(empty) is empty
+    assert activation()(empty) is empty
+
+
+def test_layers_that_share_it_quantize_one_tensor_once(calls):
+    quantizer = activation(owners=('a', 'b', 'c'))
+    x, y = torch.randn(20), torch.randn(20)
+    first = quantizer(x)
+    assert quantizer(x) is first and quantizer(x) is first
+    assert len(calls) == 1
+    # Equal values are not enough, it has to be the same tensor.
+    assert torch.equal(quantizer(x.clone()), first)
+    quantizer(y)
+    assert len(calls) == 3
+    assert torch.equal(quantizer(x), first)
+
+
+def test_shared_statistics_count_one_tensor_once():
+    quantizer = Quantizer(ActivationSpec())
+    quantizer.owners += ['a', 'b']
+    quantizer.observe()
+    x = torch.rand(100)
+    quantizer(x)
+    quantizer(x)
+    assert quantizer.observer.frames == 1 and quantizer.observer.counts.sum() == 100
+    quantizer(x.clone())
+    assert quantizer.observer.frames == 2
+
+
+def test_a_quantizer_of_one_layer_remembers_nothing(calls):
+    quantizer = activation(owners=('a',))
+    x = torch.randn(20)
+    assert torch.equal(quantizer(x), quantizer(x))
+    assert len(calls) == 2 and quantizer._memo is None
+
+
+def test_a_change_in_place_is_noticed():
+    quantizer = activation(3.0, owners=('a', 'b'))
+    x = torch.randn(20)
+    quantizer(x)
+    x.mul_(0.3)
+    fresh = activation(3.0)
+    assert torch.equal(quantizer(x), fresh(x))
+    x.relu_()
+    assert torch.equal(quantizer(x), fresh(x))
+
+
+def test_a_new_range_is_noticed():
+    quantizer = activation(3.0, owners=('a', 'b'))
+    x = torch.randn(20)
+    quantizer(x)
+    quantizer.set_range(torch.tensor(0.25))
+    assert torch.equal(quantizer(x), activation(0.25)(x))
+    source = activation(1.0)
+    quantizer.load_state_dict(source.state_dict())
+    assert torch.equal(quantizer(x), source(x))
+    quantizer.leave_float()
+    assert quantizer(x) is x
+
+
+def test_a_result_without_gradient_is_not_given_to_who_wants_one():
+    quantizer = activation(3.0, owners=('a', 'b'))
+    x = torch.randn(20, requires_grad=True)
+    with torch.no_grad():
+        assert not quantizer(x).requires_grad
+    out = quantizer(x)
+    assert out.requires_grad
+    out.sum().backward()
+    assert x.grad is not None and x.grad.any()
+    with torch.no_grad():
+        assert not quantizer(x).requires_grad
+
+
+@pytest.mark.parametrize('observing', [False, True])
+def test_the_memo_keeps_no_tensor_alive(observing):
+    quantizer = activation(owners=('a', 'b'))
+    if observing:
+        quantizer.observe()
+    x = torch.randn(20) + 1
+    out = quantizer(x)
+    dead_x, dead_out = weakref.ref(x), weakref.ref(out)
+    del x, out
+    gc.collect()
+    assert dead_x() is None and dead_out() is None
+    assert quantizer._memo is None
+
+
+def test_the_memo_keeps_no_intermediate_result_of_a_training_step_alive():
+    quantizer = activation(owners=('a', 'b'))
+    weight = torch.randn(20, requires_grad=True)
+    x = weight * 2
+    out = quantizer(x)
+    (out + quantizer(x)).sum().backward()
+    dead_x, dead_out = weakref.ref(x), weakref.ref(out)
+    del x, out
+    gc.collect()
+    assert dead_x() is None and dead_out() is None
+
+
+def test_the_death_of_an_old_input_does_not_forget_the_new_one(calls):
+    quantizer = activation(owners=('a', 'b'))
+    old, new = torch.randn(20), torch.randn(20)
+    quantizer(old)
+    first = quantizer(new)
+    del old
+    gc.collect()
+    assert quantizer(new) is first
+    assert len(calls) == 2
+
+
+def test_inference_mode_works():
+    quantizer = activation(owners=('a', 'b'))
+    with torch.inference_mode():
+        x = torch.randn(20)
+        assert torch.equal(quantizer(x), quantizer(x))
+
+
+@pytest.mark.parametrize('unsigned', [False, True])
+@pytest.mark.parametrize('bits', [4, 8, 16])
+def test_a_state_dict_restores_mode_bits_and_signedness(unsigned, bits):
+    source = activation(0.7, unsigned, bits=bits)
+    target = Quantizer(ActivationSpec(bits=9))
+    result = target.load_state_dict(source.state_dict())
+    assert not result.missing_keys and not result.unexpected_keys
+    assert target.mode is source.mode and target.num_bits == bits
+    x = torch.randn(300)
+    assert torch.equal(target(x), source(x))
+    assert {k: v.tolist() for k, v in target.state_dict().items()} == {
+        k: v.tolist() for k, v in source.state_dict().items()
+    }
+
+
+def test_a_state_dict_restores_what_was_left_float_or_never_calibrated():
+    source = activation()
+    source.leave_float()
+    target = activation()
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(9)
+    assert target.mode is Mode.FLOAT and target(x) is x
+    target.load_state_dict(Quantizer(ActivationSpec()).state_dict())
+    with pytest.raises(Q3DError):
+        target(x)
+
+
+def test_a_weights_ranges_travel_in_a_state_dict():
+    source = Quantizer(WeightSpec(bits=4), 3, 0)
+    source.set_range(torch.tensor([1.0, 2.0, 3.0]))
+    target = Quantizer(WeightSpec(bits=4), 3, 0)
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(3, 8)
+    assert torch.equal(target(x), source(x))
+
+
+def test_a_float_state_dict_leaves_it_alone_and_nothing_is_missing(caplog):
+    model = torch.nn.ModuleDict(dict(layer=torch.nn.Linear(2, 2), quantizer=activation(0.7)))
+    state = {k: v for k, v in model.state_dict().items() if k.startswith('layer.')}
+    result = model.load_state_dict(state, strict=True)
+    assert not result.missing_keys and not result.unexpected_keys
+    assert model['quantizer'].mode is Mode.SIGNED and model['quantizer']._amax == torch.tensor(0.7)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))])
+@pytest.mark.parametrize('grad', [False, True])
+def test_copies_work_and_are_independent(copied, grad):
+    quantizer = activation(2.0, owners=('a', 'b'))
+    weight = torch.randn(20, requires_grad=grad)
+    x = weight * 1
+    expected = quantizer(x)
+    twin = copied(quantizer)
+    assert torch.equal(twin(x), expected)
+    twin.set_range(torch.tensor(0.5))
+    assert quantizer._amax == 2
+    assert twin.owners == ['a', 'b'] and twin.spec == quantizer.spec
+
+
+def test_repr_says_what_it_does():
+    assert 'uncalibrated 8 bits' in repr(Quantizer(ActivationSpec()))
+    assert 'unsigned 4 bits amax=0.75' in repr(activation(0.75, True, bits=4))
+    weight = Quantizer(WeightSpec(), 2, 0)
+    weight.set_range(torch.ones(2))
+    assert 'signed 8 bits per channel' in repr(weight)

@@ -1,0 +1,158 @@
+"""The benchmark on the toy CenterPoint: its table, its file, its error messages. Speed is not tested."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip('mmdet3d')
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = str(ROOT / 'configs' / 'mmdet3d' / 'toy_centerpoint_voxel_w8a8.py')
+
+
+@pytest.fixture(scope='module')
+def benchmark():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location('benchmark_tool', ROOT / 'tools' / 'benchmark.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope='module')
+def frame(tmp_path_factory):
+    """A small recorded frame: 3000 points on a bumpy ground."""
+    rng = np.random.default_rng(0)
+    points = np.zeros((3000, 5), dtype=np.float32)
+    points[:, :2] = rng.normal(0, 12, (3000, 2))
+    points[:, 2] = rng.normal(-1.6, 0.3, 3000)
+    points[:, 3] = rng.integers(0, 256, 3000)
+    points[:, 4] = rng.integers(0, 32, 3000)
+    path = tmp_path_factory.mktemp('frame') / 'frame.pcd.bin'
+    path.write_bytes(points.tobytes())
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def finished(benchmark, frame, tmp_path_factory):
+    """Exit status, standard output and file of one run of the whole benchmark on the toy config."""
+    out = tmp_path_factory.mktemp('benchmark') / 'new' / 'folder' / 'benchmark.json'
+    options = ['--repeats', '1', '--entropy-tensors', '1', '--threads', str(torch.get_num_threads())]
+    # A fixture of a module cannot have capsys.
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        status = benchmark.main(['--config', TOY, '--frame', frame, '--out', str(out), *options])
+    return status, text.getvalue(), out
+
+
+def test_exits_with_0_whatever_the_speed(finished):
+    assert finished[0] == 0
+
+
+def test_table_names_every_row_with_its_target(finished, benchmark):
+    _, text, out = finished
+    content = json.loads(out.read_text())
+    for row in content['rows']:
+        assert row['name'] in text
+    targeted = [line for line in text.splitlines() if '<=' in line]
+    assert len(targeted) == sum(row['target'] is not None for row in content['rows']) == 11
+    assert all(('pass' in line) != ('MISSED' in line) for line in targeted)
+
+
+def test_file_holds_the_measurements(finished, benchmark):
+    content = json.loads(finished[2].read_text())
+    assert content['config'] == 'toy_centerpoint_voxel_w8a8.py'
+    assert content['points'] == 3000 and 0 < content['voxels'] <= 3000
+    assert content['passed'] is all(row['passed'] is not False for row in content['rows'])
+    sections = {}
+    for row in content['rows']:
+        assert set(row) == {
+            'section', 'name', 'value', 'unit', 'ratio', 'cpu_ratio', 'spread', 'target', 'passed', 'note'
+        }  # fmt: skip
+        sections.setdefault(row['section'], {})[row['name']] = row
+    assert set(sections) == {'time', 'ranges', 'memory', 'error'}
+
+    time = sections['time']
+    assert time[benchmark.FLOAT]['ratio'] == 1
+    assert time[benchmark.STATISTICS]['target'] == 1.3 and time[benchmark.INT8]['target'] == 1.35
+    assert all(row['value'] > 0 and row['ratio'] > 0 for row in time.values())
+
+    ranges = sections['ranges']
+    for calibrator in ('max', 'percentile', 'mse', 'entropy', 'grid'):
+        assert ranges[calibrator]['target'] == 3 and ranges[calibrator]['value'] > 0
+    for method in ('max', 'percentile', 'entropy'):
+        row = ranges[f'pytorch-quantization {method}']
+        assert row['value'] > 0 or row['note'].startswith('fails')
+    mse = ranges['pytorch-quantization mse']
+    assert (mse['value'] or 0) > 0 if torch.cuda.is_available() else mse['note'] == 'needs CUDA'
+
+    assert len(sections['memory']) == 6
+    assert all(row['value'] > 0 for row in sections['memory'].values())
+    error = sections['error']
+    assert error['max']['value'] == pytest.approx(1)
+    assert error['pytorch-quantization percentile']['value'] > 0
+
+
+def test_nothing_but_the_file_is_left(finished):
+    assert [p.name for p in finished[2].parent.iterdir()] == ['benchmark.json']
+
+
+def test_file_names_no_folder_of_the_machine(finished):
+    assert str(ROOT) not in finished[2].read_text()
+    assert str(finished[2].parent) not in finished[2].read_text()
+
+
+def test_generated_frame_is_as_dense_as_a_recorded_one_and_always_the_same(benchmark):
+    points = benchmark.generated_frame()
+    assert points.shape == (34_688, 5) and points.dtype == np.float32
+    assert np.isfinite(points).all()
+    assert 20 < np.abs(points[:, :2]).max() < 80
+    np.testing.assert_array_equal(points, benchmark.generated_frame())
+
+
+def test_strict_tells_a_missed_target(benchmark):
+    missed = benchmark.Row('time', 'x', 2.0, 's', ratio=1.4, target=1.35)
+    met = benchmark.Row('ranges', 'y', 2.9, 's', target=3.0)
+    unmeasured = benchmark.Row('ranges', 'z', None, 's', target=3.0)
+    assert (missed.passed, met.passed, unmeasured.passed) == (False, True, None)
+    assert '1 target is missed' in benchmark.table([missed, met, unmeasured], 'headline')
+
+
+def _bad(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (lambda t: ['--frame', 'nowhere.bin'], "frame 'nowhere.bin' is not a file"),
+        (lambda t: ['--frame', _bad(t, 'f.bin', b'123')], 'has 3 bytes'),
+        (lambda t: ['--frame', _bad(t, 'f.bin', b'')], 'has 0 bytes'),
+        (lambda t: ['--frame', _bad(t, 'f.bin', np.full(20, np.nan, 'f4').tobytes())], 'NaN or Inf'),
+        (lambda t: ['--frame', _bad(t, 'f.bin', np.full(20, 500, 'f4').tobytes())], 'point cloud range'),
+        (lambda t: ['--config', 'nowhere.py'], "config 'nowhere.py' is not a file"),
+        (lambda t: ['--config', _bad(t, 'c.py', 'model = dict(')], 'cannot be read: SyntaxError'),
+        (lambda t: ['--config', _bad(t, 'c.py', 'x = 1\n')], 'has no model'),
+        (lambda t: ['--config', _bad(t, 'c.py', 'model = dict(pts_bbox_head=dict())\n')], 'no QuantHook'),
+        (lambda t: ['--repeats', '0'], '--repeats: 0 was given'),
+        (lambda t: ['--threads', '-1'], '--threads: -1 was given'),
+        (lambda t: ['--out', str(t)], 'is a folder'),
+        (lambda t: ['--out', _bad(t, 'file', 'x') + '/benchmark.json'], 'is a file, not a folder'),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(benchmark, frame, tmp_path, capsys, options, words):
+    defaults = ['--config', TOY, '--frame', frame, '--out', str(tmp_path / 'out' / 'benchmark.json')]
+    assert benchmark.main([*defaults, *options(tmp_path)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('q3d_plugin: ')]
+    assert len(lines) == 1 and words in lines[0]
+    assert not (tmp_path / 'out').exists()
