@@ -158,8 +158,8 @@ def search_mse(
     """The range of least squared error between values and fake-quantized values.
 
     Candidates are ``amax * f`` with ``steps`` factors ``f`` from ``lowest`` to 1. A range below ``amax`` has
-    to win by half a per cent, which is more than the histogram's own coarseness, so that the result is never
-    worse than ``amax`` itself.
+    to win by half a per cent, because a bin knows its centre only; the caller checks it on the values
+    themselves (:func:`q3d_plugin.calibration.ranges.compute_ranges`).
 
     ``light=True`` is the light search of LiDAR-PTQ (Zhou et al., ICLR 2024, section 3.2: max-min
     calibration, then a small grid around it): 16 coarse candidates, then 8 between the neighbours of the
