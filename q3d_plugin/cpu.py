@@ -25,7 +25,11 @@ def enable_cpu_mode() -> bool:
 
 
 def patch_distributed() -> None:
-    """Makes ``torch.cuda.set_device`` harmless: MMEngine calls it for every backend, gloo included."""
+    """Lets MMEngine run several ranks over gloo.
+
+    It calls ``torch.cuda.set_device`` for every backend, and names a device for ``DistributedDataParallel``,
+    which refuses one where the model is on the CPU.
+    """
     if torch.cuda.is_available() or getattr(torch.cuda.set_device, '_q3d_patched', False):
         return
 
@@ -35,6 +39,15 @@ def patch_distributed() -> None:
 
     set_device._q3d_patched = True
     torch.cuda.set_device = set_device
+
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    plain = wrapper.__init__
+
+    @functools.wraps(plain)
+    def init(self, module, device_ids=None, output_device=None, *args, **kwargs):
+        plain(self, module, None, None, *args, **kwargs)
+
+    wrapper.__init__ = init
 
 
 def patch_spconv() -> None:

@@ -1,12 +1,14 @@
 """The life of a quantized model: configure, load, calibrate, test or train. Both adapters run on this."""
 
+import json
 import logging
 import os
 import pickle
 import struct
+import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
@@ -39,6 +41,9 @@ __all__ = [
     'set_enabled',
     'stamp',
     'units',
+    'with_progress',
+    'write_coverage',
+    'write_text',
 ]
 
 META_KEY = 'q3d'
@@ -282,6 +287,18 @@ def check_state_dict(model: nn.Module, state_dict: Mapping, source: str = 'check
             fold_state_dict(module, folded, f'{name}.' if name else '', module._q3d_folds)
     mine = model.state_dict()
     weights = {k: v for k, v in mine.items() if not _is_quantizer_key(k) and 'num_batches_tracked' not in k}
+    wrong = [
+        k
+        for k, v in weights.items()
+        if k in folded
+        and tuple(folded[k].shape) != tuple(v.shape)
+        and not _permutes_to(folded[k].shape, v.shape)
+    ]
+    if wrong:
+        raise Q3DError(
+            f'{source}: of another model: {wrong[0]!r} has the shape {tuple(folded[wrong[0]].shape)}, the '
+            f'model needs {tuple(weights[wrong[0]].shape)} (and {len(wrong) - 1} more differ)'
+        )
     missing = [k for k in weights if k not in folded]
     if missing:
         has = f'it has {len(state_dict)} entries, {len(weights) - len(missing)} of the {len(weights)} needed'
@@ -289,16 +306,6 @@ def check_state_dict(model: nn.Module, state_dict: Mapping, source: str = 'check
         raise Q3DError(
             f'{source}: of another model: {missing[0]!r} is missing (and {len(missing) - 1} more; {has})'
             + (near if near.startswith('; did') else '')
-        )
-    wrong = [
-        k
-        for k, v in weights.items()
-        if tuple(folded[k].shape) != tuple(v.shape) and not _permutes_to(folded[k].shape, v.shape)
-    ]
-    if wrong:
-        raise Q3DError(
-            f'{source}: of another model: {wrong[0]!r} has the shape {tuple(folded[wrong[0]].shape)}, the '
-            f'model needs {tuple(weights[wrong[0]].shape)} (and {len(wrong) - 1} more differ)'
         )
     if is_quantized_checkpoint(state_dict):
         needed = {k for k in mine if _is_quantizer_key(k)}
@@ -320,7 +327,9 @@ def _permutes_to(given, wanted) -> bool:
     return len(given) > 3 and (given[-1], *given[:-1]) == tuple(wanted)
 
 
-def check_recipe_of(meta: Optional[Mapping], recipe: Recipe, source: str = 'checkpoint') -> None:
+def check_recipe_of(
+    meta: Optional[Mapping], recipe: Recipe, source: str = 'checkpoint', path: str = 'recipe'
+) -> None:
     """Raises :class:`Q3DError` where a quantized checkpoint was made with another recipe.
 
     ``mode`` and ``calibration`` may differ: a PTQ checkpoint is a fine start for QAT, and the ranges are
@@ -330,16 +339,17 @@ def check_recipe_of(meta: Optional[Mapping], recipe: Recipe, source: str = 'chec
         meta: The checkpoint's ``meta``.
         recipe: The config's recipe.
         source: What to call the checkpoint in messages.
+        path: Where the recipe stands in the config.
     """
     given = ((meta or {}).get(META_KEY) or {}).get('recipe')
     if given is None:
-        raise Q3DError(f'{source}: it has ranges but no recipe; it was not saved by QuantHook')
+        raise Q3DError(f'{source}: it has ranges but no recipe; it was not saved by this plugin')
     mine = recipe.to_dict()
     found = [
         d
         for key in [*mine, *(k for k in given if k not in mine)]
         if key not in ('mode', 'calibration')
-        for d in differences(given.get(key), mine.get(key), f'recipe.{key}')
+        for d in differences(given.get(key), mine.get(key), f'{path}.{key}')
     ]
     if found:
         raise Q3DError(
@@ -353,7 +363,9 @@ def stamp(recipe: Recipe) -> Dict[str, Any]:
     return {'recipe': recipe.to_dict(), 'version': __version__}
 
 
-def save_checkpoint(model: nn.Module, recipe: Recipe, path: str, meta: Mapping = None) -> None:
+def save_checkpoint(
+    model: nn.Module, recipe: Recipe, path: str, meta: Mapping = None, state_key: str = 'state_dict'
+) -> None:
     """Writes weights, ranges and recipe; the file appears whole or not at all.
 
     Args:
@@ -361,12 +373,13 @@ def save_checkpoint(model: nn.Module, recipe: Recipe, path: str, meta: Mapping =
         recipe: The recipe it was calibrated with.
         path: Where to write; the folder exists.
         meta: What else the ``meta`` holds.
+        state_key: Where the framework looks for the weights.
     """
     # state_dict() keeps the layout versions in _metadata, which spconv's loaders ask for.
     state = model.state_dict()
     for key, value in state.items():
         state[key] = value.detach().cpu()
-    content = {'meta': {**(meta or {}), META_KEY: stamp(recipe)}, 'state_dict': state}
+    content = {'meta': {**(meta or {}), META_KEY: stamp(recipe)}, state_key: state}
     temporary = f'{path}.{uuid.uuid4().hex[:8]}.tmp'
     try:
         torch.save(content, temporary)
@@ -374,6 +387,36 @@ def save_checkpoint(model: nn.Module, recipe: Recipe, path: str, meta: Mapping =
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a small file; it appears whole or not at all."""
+    temporary = f'{path}.{uuid.uuid4().hex[:8]}.tmp'
+    with open(temporary, 'w') as f:
+        f.write(text + '\n')
+    os.replace(temporary, path)
+
+
+def write_coverage(rows: List[CoverageRow], path: str) -> None:
+    """Writes the coverage table as JSON: a list of dictionaries."""
+    write_text(path, json.dumps([{**row._asdict(), 'quantized': row.quantized} for row in rows], indent=1))
+
+
+def with_progress(batches: Iterable, logger: logging.Logger, who: str) -> Iterator:
+    """The batches (a sized iterable), with a line of progress in the log about every tenth of the way.
+
+    Args:
+        batches: What to iterate over.
+        logger: Where the lines go.
+        who: What the lines begin with.
+    """
+    total = len(batches)
+    step, start = max(1, total // 10), time.time()
+    for i, batch in enumerate(batches):
+        yield batch
+        if (i + 1) % step == 0 or i + 1 == total:
+            rate = (time.time() - start) / (i + 1)
+            logger.info(f'{who}: calibration [{i + 1}/{total}] {rate:.2f} s a batch')
 
 
 def quantizable_types() -> List[str]:

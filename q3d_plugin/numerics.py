@@ -132,17 +132,33 @@ def search_percentile(counts: Tensor, top: Tensor, amax: Tensor, percentile: flo
     return torch.minimum((index.to(top) + 1) * width, amax)
 
 
-def _mse(counts: Tensor, centres: Tensor, amax: Tensor, high: Tensor) -> Tensor:
+def _mse(
+    counts: Tensor, values: Tensor, amax: Tensor, high: Tensor, width: Optional[Tensor] = None
+) -> Tensor:
     """Squared error of (R, B) histograms under (R, K) candidate ranges, summed over bins: (R, K).
 
-    Steps are (amax / high). A loop over the K candidates, each one vectorised over all rows and bins, keeps
-    the memory at that of the histograms.
+    A loop over the K candidates, each one vectorised over all rows and bins, keeps the memory at that of the
+    histograms.
+
+    Args:
+        counts: (R, B), or a scalar where every value counts once.
+        values: (R, B) one magnitude for each bin.
+        amax: (R, K) candidate ranges.
+        high: (R,) largest integers.
+        width: (R,) widths of the bins. Where a step is not much wider than a bin, one value can't tell the
+            rounding error of the bin; it is taken as that of evenly spread values then, ``step**2 / 12``.
     """
     errors = []
     for k in range(amax.shape[1]):
         scale = (amax[:, k : k + 1] / high[:, None]).clamp_min(_TINY)
-        rounded = torch.minimum((centres / scale).round_(), high[:, None]).mul_(scale)
-        errors.append(rounded.sub_(centres).square_().mul_(counts).sum(-1))
+        rounded = torch.minimum((values / scale).round_(), high[:, None]).mul_(scale)
+        error = rounded.sub_(values).square_()
+        if width is not None:
+            coarse = scale < 4 * width[:, None]
+            if coarse.any():
+                inside = coarse & (values <= amax[:, k : k + 1])
+                error = torch.where(inside, (scale.square() / 12).expand_as(error), error)
+        errors.append(error.mul_(counts).sum(-1))
     return torch.stack(errors, dim=1)
 
 
@@ -154,12 +170,13 @@ def search_mse(
     lowest: float = 0.2,
     steps: int = 81,
     light: bool = False,
+    means: Optional[Tensor] = None,
 ) -> Tensor:
     """The range of least squared error between values and fake-quantized values.
 
     Candidates are ``amax * f`` with ``steps`` factors ``f`` from ``lowest`` to 1. A range below ``amax`` has
-    to win by half a per cent, because a bin knows its centre only; the caller checks it on the values
-    themselves (:func:`q3d_plugin.calibration.ranges.compute_ranges`).
+    to win by half a per cent, because a bin knows one value only; the caller checks it on the values
+    themselves where it has them (:func:`q3d_plugin.calibration.ranges.compute_ranges`).
 
     ``light=True`` is the light search of LiDAR-PTQ (Zhou et al., ICLR 2024, section 3.2: max-min
     calibration, then a small grid around it): 16 coarse candidates, then 8 between the neighbours of the
@@ -174,26 +191,28 @@ def search_mse(
         lowest: Smallest candidate as a fraction of ``amax``.
         steps: Number of candidates.
         light: Search coarse to fine instead of all candidates.
+        means: (R, B) mean magnitude in each bin; the centres of the bins where None.
 
     Returns:
         Tensor: (R,) ranges.
     """
     counts = counts.to(torch.float32)
-    centres = _centres(counts, top)
+    values = _centres(counts, top) if means is None else means.to(torch.float32)
+    bin_width = top / counts.shape[-1]
     high = high.to(torch.float32)
     one = torch.ones_like(amax)[:, None]
-    whole = _mse(counts, centres, amax[:, None], high)
+    whole = _mse(counts, values, amax[:, None], high, bin_width)
 
     if light:
         coarse = torch.linspace(lowest, 1.0, 17, device=amax.device)[:-1]
-        errors = _mse(counts, centres, amax[:, None] * coarse, high)
+        errors = _mse(counts, values, amax[:, None] * coarse, high, bin_width)
         best = coarse[errors.argmin(1)][:, None]
         width = (1.0 - lowest) / 16
         fine = best + width * torch.linspace(-1, 1, 9, device=amax.device)[None]
         factors = torch.cat([fine.clamp(lowest, 1.0), one], dim=1)
     else:
         factors = torch.linspace(lowest, 1.0, steps, device=amax.device)[None].expand(len(amax), -1)
-    errors = _mse(counts, centres, amax[:, None] * factors, high)
+    errors = _mse(counts, values, amax[:, None] * factors, high, bin_width)
     least, index = errors.min(dim=1)
     chosen = factors.gather(1, index[:, None])[:, 0]
     return torch.where(least < 0.995 * whole[:, 0], amax * chosen, amax)

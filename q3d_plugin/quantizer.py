@@ -9,7 +9,7 @@ signedness can be decided by calibration, statistics go to a
 
 import enum
 import weakref
-from typing import Optional, Union
+from typing import Optional, Tuple, Union
 
 import torch
 from pytorch_quantization.nn import TensorQuantizer
@@ -75,8 +75,9 @@ class Quantizer(TensorQuantizer):
         self._memo = None
         shape = () if channels is None else (channels,)
         self.register_buffer('_amax', torch.zeros(shape))
-        # Mode and bits are in a buffer, so that a quantized checkpoint describes itself to any loader.
-        self.register_buffer('_state', torch.tensor([Mode.UNCALIBRATED, spec.bits], dtype=torch.int16))
+        # Mode and bits are in a buffer, so that a quantized checkpoint describes itself to any loader. NCCL,
+        # by which DistributedDataParallel broadcasts buffers, has no 16-bit integers.
+        self.register_buffer('_state', torch.tensor([Mode.UNCALIBRATED, spec.bits], dtype=torch.int32))
         self._mode = Mode.UNCALIBRATED
 
     @property
@@ -151,14 +152,34 @@ class Quantizer(TensorQuantizer):
         if self._mode is Mode.UNCALIBRATED:
             raise Q3DError(
                 f'{self.name or "a quantizer"} has no range: the model has Quant types but was not '
-                "calibrated. Add custom_hooks = [dict(type='QuantHook', recipe=dict(...))] to the config, or "
-                'load a quantized checkpoint'
+                "calibrated. Add custom_hooks = [dict(type='QuantHook', recipe=dict(...))] to the config "
+                '(OpenPCDet: a Quant detector such as NAME: QuantCenterPoint, the recipe under MODEL.QUANT), '
+                'or load a quantized checkpoint'
             )
         if self._seen_before(inputs):
             return self._memo[3]
+        if self._on_grid(inputs):
+            return inputs
         out = numerics.fake_quantize(inputs, self._amax, self._num_bits, self._unsigned, self._axis, inplace)
         self._remember(inputs, out)
+        if inplace and not out.is_inference():
+            out._q3d_grid = (out._version, self._grid)
         return out
+
+    @property
+    def _grid(self) -> Tuple:
+        """What two quantizers have in common that quantize to the same values."""
+        return self._amax.tolist(), self._num_bits, self._unsigned
+
+    def _on_grid(self, x: Tensor) -> bool:
+        """Whether ``x`` came quantized to this very grid, from a concatenation: once more changes nothing.
+
+        It spares a copy of the largest tensor of a detector. In a trace every quantizer has to appear.
+        """
+        tag = getattr(x, '_q3d_grid', None)
+        if tag is None or torch.is_grad_enabled() or torch.jit.is_tracing():
+            return False
+        return tag == (x._version, self._grid)
 
     # Layers that share a quantizer read the same tensor: it is quantized, or counted, once. The memo holds
     # the input weakly and forgets the output when the input dies, so nothing lives longer than it did.

@@ -10,7 +10,9 @@ __all__ = ['MagnitudeHistogram']
 
 # Elements that are counted at once.
 PIECE = 2**20
-# Values kept as they are, to check a range that was found on the histogram.
+# Tensors up to this size have the sum of each bin taken, larger ones are dense enough to do without.
+EXACT = 2**18
+# Values of a tensor that are kept as they are, to check a range that was found on the histogram.
 KEPT = 2**16
 
 
@@ -23,7 +25,9 @@ class MagnitudeHistogram:
     Attributes:
         bins: Number of bins.
         counts: (bins,) float64 counts, None before the first value.
-        kept: Up to 65536 of the values themselves, evenly from all frames; None before the first value.
+        sums: (bins,) float64 sums of the magnitudes in each bin. Of pieces of a large tensor, where values
+            are dense in a bin, its centre is summed instead.
+        kept: All values, flat, while they are few; then None.
         exponent: The upper end is ``2**exponent``.
         minimum: Smallest value seen.
         maximum: Largest value seen.
@@ -33,8 +37,8 @@ class MagnitudeHistogram:
     def __init__(self, bins: int = 4096) -> None:
         self.bins = bins
         self.counts: Optional[Tensor] = None
-        self.kept: Optional[Tensor] = None
-        self.halved = 0
+        self.sums: Optional[Tensor] = None
+        self.kept: Optional[Tensor] = torch.empty(0)
         self.exponent: Optional[int] = None
         self.minimum = math.inf
         self.maximum = -math.inf
@@ -70,6 +74,7 @@ class MagnitudeHistogram:
         largest = max(abs(low), abs(high))
         if self.counts is None:
             self.counts = torch.zeros(self.bins, dtype=torch.float64, device=x.device)
+            self.sums = torch.zeros_like(self.counts)
         if largest > 0:
             # frexp gives largest = m * 2**e with 0.5 <= m < 1, so 2**e is above it. The bounds keep 2**e
             # inside float32.
@@ -79,30 +84,18 @@ class MagnitudeHistogram:
         # In pieces, so that the copies stay small beside the activation itself.
         for piece in x.reshape(-1).split(PIECE):
             magnitudes = piece.float() if low >= 0 else piece.float().abs()
-            self.counts += self._count(magnitudes, largest)
-        self._keep(self._drawn(x.reshape(-1)), self.halved)
+            counts = self._count(magnitudes, largest).double()
+            self.counts += counts
+            self.sums += self._sum(magnitudes, counts, x.numel() <= EXACT)
+        self._keep(x.reshape(-1) if x.numel() <= KEPT else None)
         return True
 
-    def _drawn(self, values: Tensor) -> Tensor:
-        """This frame's share of the values that are kept, by chance (the same in every run)."""
-        share = max(1, min(KEPT, len(values)) >> self.halved)
-        if share < len(values):
-            generator = torch.Generator().manual_seed(self.frames)
-            values = values[torch.randint(len(values), (share,), generator=generator).to(values.device)]
-        return values.float()
-
-    def _keep(self, values: Tensor, halved: int) -> None:
-        """Adds values of which one in ``2**halved`` was taken; halves them all while there are too many."""
-        if self.kept is None:
-            self.kept, self.halved = values.new_empty(0), halved
-        values = values.to(self.kept.device)
-        while halved < self.halved:
-            values, halved = _half(values, halved), halved + 1
-        while self.halved < halved:
-            self.kept, self.halved = _half(self.kept, self.halved), self.halved + 1
-        self.kept = torch.cat([self.kept, values])
-        while len(self.kept) > KEPT:
-            self.kept, self.halved = _half(self.kept, self.halved), self.halved + 1
+    def _keep(self, values: Optional[Tensor]) -> None:
+        """Adds values as they are, until there are too many; then none are kept."""
+        if self.kept is None or values is None or len(self.kept) + len(values) > KEPT:
+            self.kept = None
+        else:
+            self.kept = torch.cat([self.kept, values.float().to(self.kept.device)])
 
     def _count(self, magnitudes: Tensor, largest: float) -> Tensor:
         """Histogram of ``magnitudes``, none of which is above ``largest``."""
@@ -113,6 +106,14 @@ class MagnitudeHistogram:
         # which takes several times as long on CPU.
         return torch.bincount(magnitudes.mul(self.bins / self.top).int(), minlength=self.bins)
 
+    def _sum(self, magnitudes: Tensor, counts: Tensor, exact: bool) -> Tensor:
+        """Sum of the magnitudes in each bin, or of the centres of the bins, which takes no second look."""
+        if not exact:
+            centres = (torch.arange(self.bins, device=counts.device) + 0.5) * (self.top / self.bins)
+            return counts * centres
+        index = magnitudes.mul(self.bins / self.top).long().clamp_(max=self.bins - 1)
+        return torch.zeros_like(counts).index_add_(0, index, magnitudes.double())
+
     def _grow(self, exponent: int) -> None:
         """Raises the upper end to at least ``2**exponent``."""
         if self.exponent is None:
@@ -120,6 +121,7 @@ class MagnitudeHistogram:
         times = exponent - self.exponent
         if times > 0:
             self.counts = _merge_bins(self.counts, times)
+            self.sums = _merge_bins(self.sums, times)
             self.exponent = exponent
 
     def merge(self, other: 'MagnitudeHistogram') -> None:
@@ -128,32 +130,30 @@ class MagnitudeHistogram:
             return
         if self.frames == 0:
             self.counts = torch.zeros(self.bins, dtype=torch.float64, device=other.counts.device)
+            self.sums = torch.zeros_like(self.counts)
             self.exponent = other.exponent
         self._grow(other.exponent)
-        counts = _merge_bins(other.counts, self.exponent - other.exponent)
-        self.counts = self.counts + counts.to(self.counts.device)
+        times = self.exponent - other.exponent
+        self.counts = self.counts + _merge_bins(other.counts, times).to(self.counts.device)
+        self.sums = self.sums + _merge_bins(other.sums, times).to(self.sums.device)
         self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
         self.frames += other.frames
-        self._keep(other.kept, other.halved)
+        self._keep(other.kept)
 
     def state(self) -> Tuple:
         """What :meth:`from_state` needs, in types that travel between processes."""
-        counts = None if self.counts is None else self.counts.cpu()
+        histogram = None if self.counts is None else (self.counts.cpu(), self.sums.cpu())
         kept = None if self.kept is None else self.kept.cpu()
-        return self.bins, counts, self.exponent, self.minimum, self.maximum, self.frames, kept, self.halved
+        return self.bins, histogram, self.exponent, self.minimum, self.maximum, self.frames, kept
 
     @classmethod
     def from_state(cls, state: Tuple) -> 'MagnitudeHistogram':
         """The histogram that :meth:`state` was taken from."""
         out = cls(state[0])
-        _, out.counts, out.exponent, out.minimum, out.maximum, out.frames, out.kept, out.halved = state
+        _, histogram, out.exponent, out.minimum, out.maximum, out.frames, out.kept = state
+        if histogram is not None:
+            out.counts, out.sums = histogram
         return out
-
-
-def _half(values: Tensor, seed: int) -> Tensor:
-    """Half of ``values`` by chance, not every second one: neighbours may be of alternating channels."""
-    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))
-    return values[order[: len(values) // 2].to(values.device)]
 
 
 def _merge_bins(counts: Tensor, times: int) -> Tensor:

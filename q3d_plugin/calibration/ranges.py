@@ -36,6 +36,7 @@ def compute_ranges(quantizers: Iterable) -> List:
         amax = torch.tensor([q.observer.amax for q in members], dtype=torch.float32)
         if calibrator != 'max':
             counts = torch.stack([q.observer.counts.cpu() for q in members])
+            means = torch.stack([q.observer.sums.cpu() for q in members]) / counts.clamp_min(1)
             top = torch.tensor([q.observer.top for q in members], dtype=torch.float32)
             high = [float(numerics.bounds(q.spec.bits, u)[1]) for q, u in zip(members, unsigned)]
             high = torch.tensor(high)
@@ -45,7 +46,9 @@ def compute_ranges(quantizers: Iterable) -> List:
                 amax = numerics.search_entropy(counts, top, amax, high)
             else:
                 lowest = 0.05 if few else 0.2
-                found = numerics.search_mse(counts, top, amax, high, lowest, light=calibrator == 'grid')
+                found = numerics.search_mse(
+                    counts, top, amax, high, lowest, light=calibrator == 'grid', means=means
+                )
                 amax = torch.stack(
                     [_better(q, f, a, u) for q, f, a, u in zip(members, found, amax, unsigned)]
                 )
@@ -57,12 +60,14 @@ def compute_ranges(quantizers: Iterable) -> List:
 
 
 def _better(quantizer, found: Tensor, amax: Tensor, unsigned: bool) -> Tensor:
-    """``found``, unless the largest magnitude has the lower squared error on the values that were kept.
+    """``found``, unless the largest magnitude has the lower squared error; where all values were kept.
 
-    A bin of the histogram knows its centre only: where values sit at few points (whole numbers, say), or
-    steps are not much wider than bins (9 bits and more), the search can be wrong by more than it gains.
+    A histogram can mislead the search where there are few values, by more than the search gains.
     """
-    kept = quantizer.observer.kept.cpu()
+    kept = quantizer.observer.kept
+    if kept is None:
+        return found
+    kept = kept.cpu()
     errors = [
         (numerics.fake_quantize(kept, a, quantizer.spec.bits, unsigned) - kept).square().sum()
         for a in (found, amax)

@@ -1,7 +1,7 @@
 """What all quantized layers have in common: slots for quantizers, and a float class that they are made
 from."""
 
-from typing import Dict, List, Optional, Tuple, Type
+from typing import Dict, Iterator, List, Optional, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,25 @@ class QuantUnit(nn.Module):
                 shared[key] = Quantizer(plan.activation, name=f'{name}.input_quantizer')
             self.input_quantizer = shared[key].to(self._device())
             self.input_quantizer.owners.append(name)
+
+    def children(self) -> Iterator[nn.Module]:
+        """None: to those who walk the children down to the leaves, a layer is the leaf that it was in float.
+
+        OpenPCDet's one-cycle optimizer collects its parameters in this way, and would leave out every layer
+        that has children.
+        """
+        return iter(())
+
+    def _apply(self, *args, **kwargs):
+        # What nn.Module does by way of children().
+        for quantizer in self.quantizers():
+            quantizer._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True):
+        for quantizer in self.quantizers():
+            quantizer.train(mode)
+        return super().train(mode)
 
     def _device(self) -> torch.device:
         parameter = next(self.parameters(), None)

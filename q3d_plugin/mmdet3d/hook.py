@@ -1,10 +1,7 @@
 """QuantHook: from a float checkpoint to a quantized model, at the points where MMEngine lets a hook in."""
 
-import json
-import logging
 import os
 import time
-import uuid
 from pathlib import Path
 from typing import Dict, Optional
 
@@ -71,6 +68,11 @@ class QuantHook(Hook):
             runner (Runner): The runner.
             checkpoint (dict): As read from the file, before it goes into the model.
         """
+        if 'model_state' in checkpoint and 'state_dict' not in checkpoint:
+            raise Q3DError(
+                f'{self._source}: it is a checkpoint of OpenPCDet (it has model_state, not state_dict); use '
+                'it with an OpenPCDet config (--cfg_file X.yaml)'
+            )
         state = checkpoint.get('state_dict', checkpoint)
         state = {k[7:] if k.startswith('module.') else k: v for k, v in state.items()}
         if lifecycle.is_quantized_checkpoint(state):
@@ -138,14 +140,18 @@ class QuantHook(Hook):
         logger.info(f'QuantHook: calibrating on {frames} frames of the {spec.split} split, seed {spec.seed}')
         start = time.time()
         seen = lifecycle.calibrate(
-            model, _logged(loader, logger), runner.model.test_step, names=frame_name, logger=logger
+            model,
+            lifecycle.with_progress(loader, logger, 'QuantHook'),
+            runner.model.test_step,
+            names=frame_name,
+            logger=logger,
         )
         logger.info(f'QuantHook: calibrated on {seen} batches in {time.time() - start:.1f} s')
         if self.save and is_main_process():
             path = os.path.join(runner.log_dir, 'quantized.pth')
             meta = {'dataset_meta': _plain(getattr(loader.dataset, 'metainfo', {}))}
             lifecycle.save_checkpoint(model, self.recipe, path, meta)
-            _write_text(os.path.join(runner.work_dir, 'last_quantized'), path)
+            lifecycle.write_text(os.path.join(runner.work_dir, 'last_quantized'), path)
             logger.info(f'QuantHook: quantized checkpoint saved as {path}')
         barrier()
 
@@ -153,19 +159,7 @@ class QuantHook(Hook):
         rows = lifecycle.coverage(model)
         runner.logger.info('QuantHook: coverage\n' + lifecycle.coverage_table(rows))
         if is_main_process():
-            content = [{**row._asdict(), 'quantized': row.quantized} for row in rows]
-            _write_text(os.path.join(runner.log_dir, 'coverage.json'), json.dumps(content, indent=1))
-
-
-def _logged(loader, logger: logging.Logger):
-    """The batches of ``loader``, with a line of progress about every tenth of the way."""
-    total = len(loader)
-    step, start = max(1, total // 10), time.time()
-    for i, batch in enumerate(loader):
-        yield batch
-        if (i + 1) % step == 0 or i + 1 == total:
-            rate = (time.time() - start) / (i + 1)
-            logger.info(f'QuantHook: calibration [{i + 1}/{total}] {rate:.2f} s a batch')
+            lifecycle.write_coverage(rows, os.path.join(runner.log_dir, 'coverage.json'))
 
 
 def _plain(value):
@@ -175,11 +169,3 @@ def _plain(value):
     if isinstance(value, (list, tuple, set)):
         return [_plain(v) for v in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def _write_text(path: str, text: str) -> None:
-    """Writes a small file; it appears whole or not at all."""
-    temporary = f'{path}.{uuid.uuid4().hex[:8]}.tmp'
-    with open(temporary, 'w') as f:
-        f.write(text + '\n')
-    os.replace(temporary, path)

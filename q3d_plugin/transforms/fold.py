@@ -152,13 +152,16 @@ def fold_state_dict(root: nn.Module, state_dict: MutableMapping, prefix: str, fo
         weight = state_dict.get(layer_prefix + 'weight')
         if weight is None or norm_prefix + 'running_var' not in state_dict:
             continue
-        norm = {k: state_dict.pop(norm_prefix + k) for k in _NORM_STATE if norm_prefix + k in state_dict}
-        layer = root.get_submodule(fold.layer)
-        if norm['running_var'].numel() != layer.output_channels:
-            # Of another model: put back, so that whoever checks the keys can name it.
-            state_dict.update({norm_prefix + k: v for k, v in norm.items()})
-            continue
-        bias = state_dict.get(layer_prefix + 'bias')
+        layer, bias = root.get_submodule(fold.layer), state_dict.get(layer_prefix + 'bias')
+        norm = {k: state_dict[norm_prefix + k] for k in _NORM_STATE if norm_prefix + k in state_dict}
+        vectors = [v for k, v in norm.items() if k != 'num_batches_tracked'] + (
+            [] if bias is None else [bias]
+        )
+        out_channels = layer.output_channels
+        if any(v.numel() != out_channels for v in vectors) or weight.numel() != layer.weight.numel():
+            continue  # of another model: left as it is, so that whoever checks the keys can name it
+        for key in norm:
+            del state_dict[norm_prefix + key]
         weight, bias = _folded(layer, weight, bias, norm, fold.eps)
         state_dict[layer_prefix + 'weight'], state_dict[layer_prefix + 'bias'] = weight, bias
 

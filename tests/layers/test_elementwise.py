@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from q3d_plugin.layers import QuantAdd, QuantConcat
+from q3d_plugin.layers import QuantAdd, QuantConcat, converted
 from q3d_plugin.quantizer import Quantizer
 from q3d_plugin.recipe import Recipe
 
@@ -76,3 +76,22 @@ def test_adding_a_tensor_to_itself_and_gradients_to_both_inputs():
 def test_they_have_no_weights_in_a_state_dict():
     add = prepared(QuantAdd(), 2.0)
     assert set(add.state_dict()) == {'input_quantizer._amax', 'input_quantizer._state'}
+
+
+def test_what_a_concatenation_has_quantized_is_not_quantized_again():
+    concat, conv = prepared(QuantConcat()), prepared(converted(torch.nn.Conv2d(5, 2, 1)))
+    for unit in (concat, conv):
+        unit.input_quantizer.set_range(torch.tensor(3.0), unsigned=True)
+    parts = [torch.rand(1, 2, 4, 4) * 3, torch.rand(1, 3, 4, 4) * 3]
+    with torch.no_grad():
+        whole = concat(parts)
+        assert conv.input_quantizer(whole) is whole
+        again = conv.input_quantizer(whole.clone())
+        torch.testing.assert_close(again, whole, rtol=0, atol=1e-6)
+        # Another grid, or another content since, is quantized.
+        conv.input_quantizer.set_range(torch.tensor(2.0), unsigned=True)
+        assert conv.input_quantizer(whole) is not whole
+        conv.input_quantizer.set_range(torch.tensor(3.0), unsigned=True)
+        whole.mul_(0.7)
+        assert not torch.equal(conv.input_quantizer(whole), whole)
+    torch.testing.assert_close(concat(parts), torch.cat([concat.input_quantizer(p) for p in parts], 1))

@@ -126,6 +126,13 @@ def test_checkpoint_of_another_model(runner, tmp_path, build_model):
         runner(path, RECIPE).test()
 
 
+def test_checkpoint_of_openpcdet(runner, tmp_path):
+    path = tmp_path / 'other.pth'
+    torch.save({'model_state': torch.nn.Linear(3, 3).state_dict(), 'epoch': 20}, path)
+    with pytest.raises(Q3DError, match=r'other\.pth.*of OpenPCDet.*--cfg_file'):
+        runner(path, RECIPE).test()
+
+
 def test_truncated_checkpoint(runner, float_checkpoint, tmp_path):
     path = tmp_path / 'cut.pth'
     path.write_bytes(float_checkpoint.read_bytes()[:-2000])
