@@ -11,7 +11,9 @@ from pathlib import Path
 
 from q3d_plugin.errors import Q3DError
 
-__all__ = ['find_config', 'find_script', 'main']
+__all__ = ['absolute_paths', 'find_config', 'find_script', 'main']
+
+_PATH_OPTIONS = ('--cfg_file', '--ckpt', '--pretrained_model', '--ckpt_dir')
 
 
 def find_config(argv: list) -> Path:
@@ -103,6 +105,71 @@ def _work_dir(argv: list, config: Path) -> Path:
     return Path(given) if given else Path('work_dirs') / config.stem
 
 
+def absolute_paths(argv: list, tools: Path) -> list:
+    """The arguments of OpenPCDet's scripts, so that they mean the same files in another working directory.
+
+    A config of OpenPCDet's own stays relative to its ``tools``, as in its documentation, because OpenPCDet
+    names the folder of the output after that path.
+
+    Args:
+        argv: The arguments without the name of the script.
+        tools: The folder ``tools`` of the checkout, where the script will run.
+    """
+    out, i = [], 0
+
+    def resolved(option: str, value: str) -> str:
+        path = Path(value).expanduser().absolute()
+        if option == '--cfg_file' and path.resolve().is_relative_to(tools.resolve()):
+            return str(path.resolve().relative_to(tools.resolve()))
+        return os.path.normpath(path)
+
+    while i < len(argv):
+        option, equals, value = argv[i].partition('=')
+        if option == '--set':  # takes everything that follows
+            return out + argv[i:]
+        out.append(argv[i])
+        if option in _PATH_OPTIONS:
+            if equals:
+                out[-1] = f'{option}={resolved(option, value)}'
+            elif i + 1 < len(argv):
+                i += 1
+                out.append(resolved(option, argv[i]))
+        i += 1
+    return out
+
+
+def _prepare_mmdet3d(name: str, argv: list, config: Path) -> Path:
+    """Registers the MMDetection3D adapter; returns the script to run."""
+    script = find_script(name)
+    import q3d_plugin.mmdet3d  # noqa: F401
+
+    if config is not None:
+        check_writable(_work_dir(argv, config))
+    return script
+
+
+def _prepare_openpcdet(name: str, argv: list, config: Path) -> Path:
+    """Registers the OpenPCDet adapter and goes to where its scripts run; returns the script to run."""
+    from q3d_plugin import openpcdet
+
+    if not any(a == '--cfg_file' or a.startswith('--cfg_file=') for a in argv):
+        raise Q3DError(f"OpenPCDet's tools/{name} takes its config as --cfg_file {config}")
+    pcdet = openpcdet.register()
+    tools = Path(pcdet.__file__).resolve().parents[1] / 'tools'
+    if not (tools / name).is_file() and os.environ.get('OPENPCDET_ROOT'):
+        tools = Path(os.environ['OPENPCDET_ROOT']).expanduser().resolve() / 'tools'
+    if not (tools / name).is_file():
+        raise Q3DError(f'{tools} has no {name}: set OPENPCDET_ROOT to a source checkout of OpenPCDet')
+    sys.argv[1:] = absolute_paths(argv, tools)
+    # The paths in OpenPCDet's configs are relative to this folder, and its scripts import their neighbours.
+    os.chdir(tools)
+    sys.path.insert(0, str(tools))
+    from q3d_plugin.openpcdet.recipe import check_config_file
+
+    check_config_file(find_config(sys.argv[1:]))
+    return tools / name
+
+
 def main(name: str) -> None:
     """Registers the plugin, then runs the framework's script ``name`` with the arguments in ``sys.argv``.
 
@@ -119,15 +186,8 @@ def main(name: str) -> None:
     helping = '-h' in argv or '--help' in argv
     try:
         config = None if helping else find_config(argv)
-        if config is not None and config.suffix != '.py':
-            raise Q3DError(
-                f'{config}: OpenPCDet configs are not supported by this version, only MMDetection3D'
-            )
-        script = find_script(name)
-        import q3d_plugin.mmdet3d  # noqa: F401
-
-        if config is not None:
-            check_writable(_work_dir(argv, config))
+        mmdet3d = config is None or config.suffix == '.py'
+        script = (_prepare_mmdet3d if mmdet3d else _prepare_openpcdet)(name, argv, config)
         sys.argv[0] = str(script)
         runpy.run_path(str(script), run_name='__main__')
     except Q3DError as error:

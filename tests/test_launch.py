@@ -116,10 +116,12 @@ def run_main(monkeypatch, capsys, argv):
     [
         ([], 'no config among the arguments'),
         (['missing.py'], "'missing.py' is not a file"),
-        (['--cfg_file', 'pillars.yaml'], 'OpenPCDet configs are not supported'),
+        (['pillars.yaml'], '--cfg_file pillars.yaml'),
+        (['--cfg_file', 'pillars.yaml'], "OPENPCDET_ROOT='empty' has no pcdet"),
     ],
 )
 def test_a_mistake_ends_with_one_line_and_status_2(here, monkeypatch, capsys, argv, words):
+    monkeypatch.setenv('OPENPCDET_ROOT', 'empty')
     status, text = run_main(monkeypatch, capsys, argv)
     assert status == 2
     assert text.startswith('q3d_plugin: ') and text.count('\n') == 1
@@ -184,3 +186,17 @@ def test_a_work_dir_that_cannot_be_made_stops_before_the_script(
     (here / first).unlink()
     with pytest.raises(RuntimeError, match='the script ran'):
         launch.main('test.py')
+
+
+def test_paths_of_openpcdet_mean_the_same_files_elsewhere(here):
+    tools = here / 'OpenPCDet' / 'tools'
+    (tools / 'cfgs').mkdir(parents=True)
+    argv = ['--cfg_file', 'pillars.yaml', '--ckpt=a.pth', '--ckpt_dir', '../runs', '--workers', '2']
+    argv += ['--set', '--ckpt', 'b.pth']
+    assert launch.absolute_paths(argv, tools) == [
+        *('--cfg_file', str(here / 'pillars.yaml'), f'--ckpt={here / "a.pth"}'),
+        *('--ckpt_dir', str(here.parent / 'runs'), '--workers', '2', '--set', '--ckpt', 'b.pth'),
+    ]
+    # OpenPCDet names the output after the path of the config: its own stay as its documentation writes them.
+    own = ['--cfg_file', 'OpenPCDet/tools/cfgs/x.yaml', '--pretrained_model']
+    assert launch.absolute_paths(own, tools) == ['--cfg_file', 'cfgs/x.yaml', '--pretrained_model']

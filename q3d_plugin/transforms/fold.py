@@ -103,7 +103,9 @@ def _folded(
     if norm.get('bias') is not None:
         new_bias = new_bias + norm['bias'].double()
     new_weight = layer.scale_output(weight.double(), factor)
-    return new_weight.to(weight.dtype), new_bias.to(weight.dtype)
+    # A checkpoint in half precision is folded to single: rounding again would lose what the fold computed.
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return new_weight.to(dtype), new_bias.to(dtype)
 
 
 @torch.no_grad()

@@ -384,3 +384,14 @@ class OwnForward(nn.Conv2d):
 )
 def test_what_is_no_convolution_with_fixed_statistics_is_no_pair(layer, norm):
     assert find_pairs(sequential(layer(), norm())) == []
+
+
+def test_a_checkpoint_in_half_precision_is_folded_in_single():
+    reference = randomize(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.BatchNorm2d(4)))
+    state = {k: v.half() if v.dim() > 1 else v for k, v in reference.state_dict().items()}
+    reference.load_state_dict(state)
+    model = quantize_(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.BatchNorm2d(4)))
+    model.load_state_dict(state, strict=False)
+    factor = reference[1].weight / (reference[1].running_var + reference[1].eps).sqrt()
+    expected = reference[0].weight * factor[:, None, None, None]
+    torch.testing.assert_close(model[0].weight, expected, rtol=1e-6, atol=1e-7)

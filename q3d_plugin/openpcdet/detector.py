@@ -1,0 +1,278 @@
+"""The life of a quantized detector as OpenPCDet's scripts run it: without hooks, the detector itself acts.
+
+``tools/test.py`` builds the detector, calls ``load_params_from_file`` and then the detector, batch by batch;
+``tools/train.py`` builds the optimizer in between, and resumes by ``load_params_with_optimizer``.
+"""
+
+import contextlib
+import logging
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pcdet.models import load_data_to_gpu
+from pcdet.utils.spconv_utils import find_all_spconv_keys
+
+from q3d_plugin import lifecycle
+from q3d_plugin.errors import Q3DError, near_matches
+from q3d_plugin.openpcdet.checkpoints import pack_recipe, read_checkpoint, unpack_recipe
+from q3d_plugin.openpcdet.data import calibration_loader, frame_name, rank_and_world
+from q3d_plugin.openpcdet.recipe import PATH, check_model_cfg, upper_case_paths
+
+__all__ = ['QuantDetectorMixin']
+
+RECIPE_KEY = 'q3d_recipe'
+"""The buffer of a quantized detector, and so the key of its checkpoints, that holds the recipe."""
+
+
+class QuantDetectorMixin:
+    """Stands before a detector class of OpenPCDet and quantizes it by the recipe under ``MODEL.QUANT``.
+
+    - At build it gives the Quant parts their quantizers.
+    - A float checkpoint is checked, its BatchNorms are folded, and what does not fit is an error.
+    - At the first forward pass after that it calibrates (the detector is on its device by then), logs which
+      layer is quantized how, and saves ``quantized.pth`` and ``coverage.json`` beside OpenPCDet's log.
+    - A quantized checkpoint, also one from training, is recognised, and nothing is calibrated.
+
+    Args:
+        model_cfg: ``MODEL`` of the config.
+        num_class: Number of classes.
+        dataset: The data set; calibration makes another one from its config.
+    """
+
+    def __init__(self, model_cfg, num_class, dataset):
+        recipe = check_model_cfg(model_cfg)
+        super().__init__(model_cfg=model_cfg, num_class=num_class, dataset=dataset)
+        self.quant_recipe = recipe
+        self._q3d_source: Optional[str] = None
+        self._q3d_refused = ''
+        self._q3d_ready = False
+        self._q3d_saved = set()
+        self._q3d_logger = getattr(dataset, 'logger', None) or logging.getLogger('q3d_plugin')
+        with upper_case_paths():
+            recipe.check_patterns([name for name, _ in lifecycle.units(self)], PATH)
+        lifecycle.configure(self, recipe)
+        self.register_buffer(RECIPE_KEY, pack_recipe(recipe))
+
+    # Loading.
+
+    def load_params_from_file(self, filename, logger, to_cpu=False, pre_trained_path=None):
+        """Loads a float or a quantized checkpoint, for testing or as the start of training.
+
+        Args:
+            filename: The checkpoint.
+            logger: OpenPCDet's logger; its folder is where ``quantized.pth`` will be written.
+            to_cpu: Taken for OpenPCDet's sake: checkpoints are always read on the CPU.
+            pre_trained_path: A second checkpoint, whose weights win.
+
+        Raises:
+            Q3DError: A file is missing or damaged, or does not fit.
+        """
+        self._q3d_logger = logger or self._q3d_logger
+        with self._q3d_loading(filename) as source:
+            checkpoint = read_checkpoint(filename, source)
+            state = dict(checkpoint['model_state'])
+            if pre_trained_path is not None:
+                more = read_checkpoint(pre_trained_path, f'checkpoint {str(pre_trained_path)!r}')[
+                    'model_state'
+                ]
+                if lifecycle.is_quantized_checkpoint(more) != lifecycle.is_quantized_checkpoint(state):
+                    raise Q3DError(
+                        f'{source} and {str(pre_trained_path)!r}: one is quantized and the other float, so '
+                        'the ranges of one would go with weights of the other'
+                    )
+                state.update(more)
+            version = checkpoint.get('version')
+            self._q3d_logger.info(
+                f'==> Loading parameters from {source}' + (f', trained from {version}' if version else '')
+            )
+            _, loaded = self._load_state_dict(state, strict=False)
+            self._q3d_logger.info(f'==> Done (loaded {len(loaded)} entries)')
+
+    def load_params_with_optimizer(self, filename, to_cpu=False, optimizer=None, logger=None):
+        """Resumes a quantized training.
+
+        Args:
+            filename: A checkpoint of that training.
+            to_cpu: Taken for OpenPCDet's sake: checkpoints are always read on the CPU.
+            optimizer: Gets its state back.
+            logger: OpenPCDet's logger.
+
+        Returns:
+            tuple: Iterations and epochs done.
+
+        Raises:
+            Q3DError: As :meth:`load_params_from_file`; or the checkpoint is float.
+        """
+        self._q3d_logger = logger or self._q3d_logger
+        with self._q3d_loading(filename) as source:
+            checkpoint = read_checkpoint(filename, source)
+            if not lifecycle.is_quantized_checkpoint(checkpoint['model_state']):
+                raise Q3DError(
+                    f'{source}: a quantized training cannot resume from a float checkpoint, whose optimizer '
+                    'had other parameters; start from it with --pretrained_model'
+                )
+            self._q3d_logger.info(f'==> Loading parameters from {source}')
+            self._load_state_dict(checkpoint['model_state'], strict=True)
+            if optimizer is not None:
+                state = checkpoint.get('optimizer_state')
+                beside = Path(filename).with_name(f'{Path(filename).stem}_optim{Path(filename).suffix}')
+                if state is None and beside.is_file():
+                    lifecycle.check_checkpoint_file(str(beside))
+                    state = torch.load(beside, map_location='cpu', weights_only=True)['optimizer_state']
+                if state is not None:
+                    optimizer.load_state_dict(state)
+            self._q3d_logger.info('==> Done')
+            return checkpoint.get('it', 0.0), checkpoint.get('epoch', -1)
+
+    @contextlib.contextmanager
+    def _q3d_loading(self, filename):
+        source = f'checkpoint {str(filename)!r}'
+        self._q3d_source, self._q3d_refused = str(filename), ''
+        try:
+            yield source
+        except Q3DError as error:
+            # tools/train.py goes on to older checkpoints of the run, in the end to none, whatever the error.
+            self._q3d_source, self._q3d_refused = None, str(error)
+            self._q3d_logger.error(f'QuantDetector: {error}')
+            raise
+
+    def _load_state_dict(self, model_state_disk, *, strict=True):
+        """OpenPCDet's own way of loading, given a state that fits: it drops what has no place, silently."""
+        source = f'checkpoint {self._q3d_source!r}' if self._q3d_source else 'checkpoint'
+        state = self._q3d_fitted(model_state_disk, source)
+        if not lifecycle.is_quantized_checkpoint(model_state_disk):
+            lifecycle.configure(self, self.quant_recipe)
+        self._q3d_ready = False
+        return super()._load_state_dict(state, strict=strict)
+
+    def _q3d_fitted(self, given, source: str) -> Dict[str, Any]:
+        """The state of a checkpoint as it goes into this model; everything of it has its place there."""
+        state = dict(given)
+        recipe = unpack_recipe(state.pop(RECIPE_KEY, None))
+        if lifecycle.is_quantized_checkpoint(state):
+            with upper_case_paths():
+                lifecycle.check_recipe_of(recipe, self.quant_recipe, source, PATH)
+        mine = self.state_dict()
+        self._q3d_permute(state, mine)
+        # The recipe of this run is the one that goes on; and early checkpoints do not count steps.
+        state[RECIPE_KEY] = mine[RECIPE_KEY]
+        if 'global_step' in mine:
+            state.setdefault('global_step', mine['global_step'])
+        folded = lifecycle.check_state_dict(self, state, source)
+        over = [k for k in folded if k not in mine]
+        if over:
+            near = near_matches(over[0], [k for k in mine if k not in state], 1)
+            raise Q3DError(
+                f'{source}: of another model: {over[0]!r} has no place in this one (nor have '
+                f'{len(over) - 1} more of its {len(given)} entries)' + (near if '; did' in near else '')
+            )
+        return folded
+
+    def _q3d_permute(self, state: Dict[str, Any], mine: Dict[str, Any]) -> None:
+        """Weights of spconv 1.x in the layout of 2.x, by OpenPCDet's rule, before BatchNorm is folded."""
+        for key in find_all_spconv_keys(self):
+            weight = state.get(key)
+            if weight is None or key not in mine or weight.shape == mine[key].shape:
+                continue
+            # (k, k, k, in, out) as (k, k, k, out, in), which is native in 2.x, or as (out, k, k, k, in).
+            last = weight.dim() - 1
+            for order in ((*range(last - 1), last, last - 1), (last, *range(last))):
+                if weight.permute(order).shape == mine[key].shape:
+                    state[key] = weight.permute(order).contiguous()
+                    break
+
+    # Running.
+
+    def forward(self, batch_dict):
+        """OpenPCDet's forward pass, of a model that is calibrated first where it has no ranges yet."""
+        if not self._q3d_ready:
+            self._q3d_prepare()
+        if self.training and self.quant_recipe.mode != 'qat':
+            raise Q3DError(f"{PATH}.MODE: {self.quant_recipe.mode!r} does not train; 'qat' would work")
+        return super().forward(batch_dict)
+
+    def _q3d_prepare(self) -> None:
+        recipe, logger = self.quant_recipe, self._q3d_logger
+        if self.training and recipe.mode != 'qat':
+            return
+        if recipe.mode == 'float':
+            logger.info(f'QuantDetector: {PATH}.MODE is float, every quantizer is off')
+        elif lifecycle.is_calibrated(self):
+            logger.info('QuantDetector: the checkpoint is quantized, its ranges are used')
+        elif self._q3d_source is None:
+            raise Q3DError(
+                'there is no checkpoint to quantize: give a trained float checkpoint by '
+                + ('--pretrained_model' if self.training else '--ckpt')
+                + (f' (one was refused: {self._q3d_refused})' if self._q3d_refused else '')
+            )
+        else:
+            self._q3d_calibrate()
+        self._q3d_report()
+        self._q3d_ready = True
+
+    def _q3d_calibrate(self) -> None:
+        spec, logger = self.quant_recipe.calibration, self._q3d_logger
+
+        def forward(batch):
+            load_data_to_gpu(batch)
+            return super(QuantDetectorMixin, self).forward(batch)
+
+        start = time.time()
+        # What the run that follows draws must not depend on whether calibration came before it.
+        with _random_state_kept(), torch.autocast(_device_type(self), enabled=False):
+            loader, frames = calibration_loader(self.dataset, spec, logger)
+            logger.info(
+                f'QuantDetector: calibrating on {frames} frames of the {spec.split} split, seed {spec.seed}'
+            )
+            batches = lifecycle.with_progress(loader, logger, 'QuantDetector')
+            seen = lifecycle.calibrate(self, batches, forward, names=frame_name, logger=logger)
+        logger.info(f'QuantDetector: calibrated on {seen} frames in {time.time() - start:.1f} s')
+        folder = _folder_of(logger)
+        if rank_and_world()[0] == 0 and folder is not None:
+            name = 'quantized.pth'
+            if self._q3d_saved:
+                # --eval_all: one run tests several float checkpoints.
+                name = f'quantized_{Path(self._q3d_source).stem}.pth'
+            path = os.path.join(folder, name)
+            self._q3d_saved.add(path)
+            lifecycle.save_checkpoint(self, self.quant_recipe, path, state_key='model_state')
+            logger.info(f'QuantDetector: quantized checkpoint saved as {path}')
+        elif folder is None:
+            logger.warning('QuantDetector: the log goes to no file, so no folder for quantized.pth is known')
+        if rank_and_world()[1] > 1:
+            dist.barrier()
+
+    def _q3d_report(self) -> None:
+        rows = lifecycle.coverage(self)
+        self._q3d_logger.info('QuantDetector: coverage\n' + lifecycle.coverage_table(rows))
+        folder = _folder_of(self._q3d_logger)
+        if folder is not None and rank_and_world()[0] == 0:
+            lifecycle.write_coverage(rows, os.path.join(folder, 'coverage.json'))
+
+
+def _folder_of(logger: logging.Logger) -> Optional[str]:
+    """The folder that OpenPCDet's log is written to: that of the run. None where there is no log file."""
+    files = [h.baseFilename for h in logger.handlers if isinstance(h, logging.FileHandler)]
+    return os.path.dirname(files[-1]) if files else None
+
+
+def _device_type(model: torch.nn.Module) -> str:
+    return next(model.parameters()).device.type
+
+
+@contextlib.contextmanager
+def _random_state_kept():
+    """Gives back the state of all random numbers as it was."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

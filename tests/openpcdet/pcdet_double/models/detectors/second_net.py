@@ -1,0 +1,7 @@
+"""One-stage detector with anchors."""
+
+from .centerpoint import CenterPoint
+
+
+class SECONDNet(CenterPoint):
+    pass
