@@ -86,3 +86,22 @@ def test_nothing_is_touched_where_cuda_is(monkeypatch):
     cpu.patch_distributed()
     cpu.patch_spconv()
     assert torch.cuda.set_device is original and ops.indice_conv is original
+
+
+def test_a_sparse_convolution_gives_the_same_on_several_threads_and_in_every_run():
+    """spconv's own CPU scatter loses additions with more than one thread."""
+    indices = torch.unique(torch.randint(0, 40, (15_000, 3)), dim=0)
+    indices = torch.cat([torch.zeros(len(indices), 1, dtype=torch.long), indices], 1).int()
+    x = spconv.SparseConvTensor(torch.randn(len(indices), 16), indices, [40, 40, 40], 1)
+    convolution = spconv.SubMConv3d(16, 16, 3, bias=False).eval()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            expected = convolution(x).features
+        torch.set_num_threads(4)
+        with torch.no_grad():
+            for _ in range(5):
+                torch.testing.assert_close(convolution(x).features, expected, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(threads)
