@@ -92,7 +92,7 @@ def chosen_recipe(recipe: Recipe, args: argparse.Namespace) -> Recipe:
         plain['calibration']['frames'] = args.calibration_frames
     if args.treat == 'standard' and not plain.get('smoothquant'):
         raise Q3DError(
-            "--treat: 'standard' takes SmoothQuant from the listed layers, and the recipe has no smoothquant; "
+            "--treat: 'standard' takes SmoothQuant from listed layers, and the recipe has no smoothquant; "
             "'float' would work"
         )
     return Recipe.from_dict(plain)

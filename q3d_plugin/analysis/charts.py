@@ -100,6 +100,11 @@ def heat_map(
             if not math.isnan(value):
                 colour = 'black' if value > middle else 'white'
                 axes.text(x, y, f'{value:.4f}', ha='center', va='center', fontsize=8, color=colour)
+    key, equals, _ = columns[0].partition('=')
+    if equals and all(c.startswith(f'{key}=') for c in columns):
+        # The key stands once, below the values.
+        columns = [c[len(key) + 1 :] for c in columns]
+        axes.set_xlabel(key, fontsize=8)
     axes.set_xticks(range(len(columns)), columns, fontsize=8, rotation=20 if len(columns) > 4 else 0)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.set_title(title, fontsize=10)

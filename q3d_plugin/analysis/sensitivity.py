@@ -1,7 +1,7 @@
 """What each quantized layer costs: its own error, its effect on the detector's outputs, and a skip list.
 
-The measures are those of the study and of common practice: L1, relative L1, SQNR and cosine of a layer's output
-against float, and the L1 of the detector's raw outputs with that layer quantized alone.
+The measures are those of the study and of common practice: L1, relative L1, SQNR and cosine of a layer's
+output against float, and the L1 of the detector's raw outputs with that layer quantized alone.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -41,8 +41,8 @@ _FORWARD = Callable[[Any], Dict[str, Tensor]]
 class Switch:
     """Says which units of a calibrated model quantize; the others compute in float.
 
-    Layers that read one tensor share a quantizer, so a quantizer cannot be switched for one of them. A unit is
-    made float by taking its quantizers from it, and gets the same ones back.
+    Layers that read one tensor share a quantizer, so a quantizer cannot be switched for one of them. A unit
+    is made float by taking its quantizers from it, and gets the same ones back.
 
     Args:
         model: Calibrated.
@@ -361,7 +361,7 @@ def groups_of(names: Sequence[str], group: str) -> Dict[str, List[str]]:
         out[pattern] = members
     if not out:
         raise Q3DError(
-            f"--group: {group!r} was given; a depth such as 1 or patterns such as 'pts_backbone,*head*' would work"
+            f"--group: {group!r} was given; a depth such as 1, or patterns such as '*neck*,*head*' would work"
         )
     return out
 
@@ -404,10 +404,10 @@ def choose_skips(
 ) -> SkipList:
     """Chooses layers to leave float until the error of the outputs is within a budget, as few as it can.
 
-    Layers mend and spoil each other's errors, so a list cut from the ranking is longer than it has to be. Here
-    everything but the list is quantized, and the layer that joins the list is, of the next ``candidates`` in
-    the ranking, the one without which the remaining error is least. In the end each chosen layer is tried
-    quantized again, and stays so where the budget is still kept.
+    Layers mend and spoil each other's errors, so a list cut from the ranking is longer than it has to be.
+    Here everything but the list is quantized, and the layer that joins the list is, of the next
+    ``candidates`` in the ranking, the one without which the remaining error is least. In the end each chosen
+    layer is tried quantized again, and stays so where the budget is still kept.
 
     Args:
         switch: Of the model.
