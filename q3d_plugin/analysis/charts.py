@@ -71,6 +71,7 @@ def skip_curve(errors: Sequence[float], budget: float) -> bytes:
     axes.plot(range(len(errors)), errors, marker='o', color='#b2182b')
     axes.axhline(budget, color='grey', linestyle='--', linewidth=1)
     axes.text(0, budget, ' budget', va='bottom', fontsize=8, color='grey')
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel('layers left float')
     axes.set_ylabel('relative L1 of the outputs')
     axes.set_ylim(bottom=0)

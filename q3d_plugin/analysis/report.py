@@ -26,6 +26,10 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}pre{background:#f5f
 """
 
 
+class _Html(str):
+    """Text that is HTML already; all other text is escaped."""
+
+
 class Run:
     """The files of a run that were found; each is None where it is not there (yet).
 
@@ -133,11 +137,11 @@ def _text(value: Any, digits: int = 4) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], numbers: int = 0) -> str:
-    """A table whose last ``numbers`` columns are numbers. Strings that begin with ``<`` are HTML."""
+    """A table whose last ``numbers`` columns are numbers."""
 
     def cell(value: Any, i: int, tag: str) -> str:
         mark = ' class="n"' if i >= len(header) - numbers else ''
-        text = value if isinstance(value, str) and value.startswith('<') else _text(value)
+        text = value if isinstance(value, _Html) else _text(value)
         return f'<{tag}{mark}>{text}</{tag}>'
 
     lines = [f'<tr>{"".join(cell(h, i, "th") for i, h in enumerate(header))}</tr>']
@@ -175,7 +179,7 @@ def _per_class(run: Run) -> str:
     other = (run.float_metrics or {}).get('AP') or {}
     rows = []
     for name, value in sorted(run.metrics['AP'].items(), key=lambda item: -item[1]):
-        bar = f'<span class="bar" style="width:{round(value * 260)}px"></span>'
+        bar = _Html(f'<span class="bar" style="width:{round(value * 260)}px"></span>')
         difference = f'{value - other[name]:+.4f}' if name in other else None
         rows.append([name, bar, float(value), other.get(name), difference])
     return _table(['class', '', 'AP', 'float', 'difference'], rows, 3)
@@ -184,7 +188,9 @@ def _per_class(run: Run) -> str:
 def _recipe(run: Run) -> str:
     if run.run is None:
         return _missing('run.json is not there: the run has not got as far as calibration.')
-    facts = [[k, run.run.get(k)] for k in ('framework', 'config', 'checkpoint', 'data_root', 'version')]
+    facts = [
+        [k, run.run.get(k)] for k in ('framework', 'config', 'checkpoint', 'data_root', 'dataset_version')
+    ]
     text = json.dumps(run.run.get('recipe'), indent=1)
     return _table(['', ''], [f for f in facts if f[1]]) + f'<pre>{html.escape(text)}</pre>'
 
@@ -199,7 +205,7 @@ def _coverage(run: Run) -> str:
     for row in run.coverage:
         cells = [row.get(k) or '' for k in keys]
         if not row['quantized']:
-            cells[0] = f'<span class="off">{html.escape(row["name"])}</span>'
+            cells[0] = _Html(f'<span class="off">{html.escape(row["name"])}</span>')
         rows.append(cells)
     header = ['layer', 'type', 'weight', 'input', 'input shared with', 'note']
     return (
@@ -275,7 +281,7 @@ def _sweep(run: Run) -> str:
 def _from_detections(run: Run, data_root: Optional[str], version: Optional[str]) -> Dict[str, str]:
     """The sections that need detections and ground truth."""
     facts = run.run or {}
-    data_root, version = data_root or facts.get('data_root'), version or facts.get('version')
+    data_root, version = data_root or facts.get('data_root'), version or facts.get('dataset_version')
     reason = ''
     if run.results is None:
         reason = 'No results_nusc.json: the run has not been evaluated, or not on nuScenes.'

@@ -167,7 +167,7 @@ def _facts(runner) -> Dict:
         'config': runner.cfg.filename,
         'checkpoint': runner._load_from and str(runner._load_from),
         'data_root': root and os.path.abspath(root),
-        'version': (dataset.get('metainfo') or {}).get('version', 'v1.0-trainval'),
+        'dataset_version': (dataset.get('metainfo') or {}).get('version', 'v1.0-trainval'),
     }
 
 

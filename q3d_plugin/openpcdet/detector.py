@@ -258,7 +258,7 @@ class QuantDetectorMixin:
                 'framework': 'openpcdet',
                 'checkpoint': self._q3d_source,
                 'data_root': str(Path(getattr(dataset, 'root_path', '.')).absolute()),
-                'version': dataset.dataset_cfg.get('VERSION'),
+                'dataset_version': dataset.dataset_cfg.get('VERSION'),
             }
             lifecycle.write_run(folder, self, self.quant_recipe, facts)
 
