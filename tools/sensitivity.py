@@ -199,12 +199,14 @@ def run(argv: Optional[List[str]] = None) -> int:
     command.set_threads(args)
     out = command.out_folder(args, 'sensitivity')
     seconds: Dict[str, float] = {}
-    clock = time.perf_counter()
+    processor: Dict[str, float] = {}
+    clock, used = time.perf_counter(), time.process_time()
 
     def lap(name: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        seconds[name], clock = round(now - clock, 2), now
+        nonlocal clock, used
+        now, now_used = time.perf_counter(), time.process_time()
+        seconds[name], processor[name] = round(now - clock, 2), round(now_used - used, 2)
+        clock, used = now, now_used
 
     bench = open_bench(args.config, args.checkpoint, command.options_of(args))
     recipe = chosen_recipe(bench.recipe, args)
@@ -282,12 +284,13 @@ def run(argv: Optional[List[str]] = None) -> int:
             files.write_json(out / 'skip.json', [*recipe.skip, *found.names])
         if len(found.errors) > 1:
             files.write_bytes(out / 'skip.png', charts.skip_curve(found.errors, found.budget))
-    result['seconds'] = seconds
+    result['seconds'], result['cpu_seconds'] = seconds, processor
     files.write_json(out / 'sensitivity.json', result)
     files.write_csv(out / 'sensitivity.csv', result['rows'])
     files.write_bytes(out / 'table.txt', (text + '\n').encode())
     files.write_bytes(out / 'sensitivity.png', charts.sensitivity_chart(result['rows']))
-    print('seconds: ' + ', '.join(f'{k} {v:.1f}' for k, v in seconds.items()))
+    laps = (f'{k} {v:.1f} ({processor[k]:.1f} of the processor)' for k, v in seconds.items())
+    print('seconds: ' + ', '.join(laps))
     print(f'written to {out}')
     return 0
 
