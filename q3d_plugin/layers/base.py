@@ -184,14 +184,14 @@ class QuantWeightLayer(QuantUnit):
         """``weight`` (in this layer's layout) with what input channel c meets multiplied by ``factor[c]``."""
         raise NotImplementedError
 
-    def sample_rows(self, x: Any, out: Any, count: int, generator: torch.Generator) -> Tensor:
-        """What some outputs, chosen at random with replacement, are computed from.
+    def rows_of(self, x: Any, out: Any, places: Tensor) -> Tensor:
+        """What some outputs are computed from.
 
         Args:
             x: What the layer was called with.
             out: What it returned.
-            count: How many outputs.
-            generator: Chooses them; on the CPU.
+            places: (count,) which outputs, counted in the order of memory as if channels came last; of a
+                sparse layer the rows of its output.
 
         Returns:
             Tensor: (count, input channels, kernel positions), zero where a position lies outside. The sum of
