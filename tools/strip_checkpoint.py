@@ -1,4 +1,4 @@
-"""Keeps of a training checkpoint what testing needs: the weights, and what MMEngine's meta says of the classes.
+"""Keeps of a training checkpoint what testing needs: the weights and, for MMDetection3D, the classes.
 
 python tools/strip_checkpoint.py work_dirs/toy_centerpoint_voxel/epoch_14.pth OUT.pth
 python tools/strip_checkpoint.py checkpoint_epoch_8.pth OUT.pth --half --compress
@@ -7,6 +7,7 @@ Checkpoints of MMDetection3D and of OpenPCDet.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import zipfile
@@ -53,10 +54,8 @@ def strip(checkpoint: Path, out: Path, half: bool, deflate: bool) -> None:
     lifecycle.check_checkpoint_file(str(checkpoint))
     if not out.parent.is_dir():
         raise Q3DError(f'{out}: the folder {out.parent} does not exist')
-    try:
+    with contextlib.suppress(ImportError):
         import q3d_plugin.mmdet3d  # noqa: F401  (declares MMEngine's classes safe to load)
-    except ImportError:
-        pass
     from q3d_plugin.openpcdet.checkpoints import trust_openpcdet_checkpoints
 
     trust_openpcdet_checkpoints()
