@@ -1,7 +1,10 @@
 """The life of a quantized model: configure, load, calibrate, test or train. Both adapters run on this."""
 
+import contextlib
+import copy
 import json
 import logging
+import math
 import os
 import pickle
 import struct
@@ -17,18 +20,28 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from q3d_plugin import __version__
-from q3d_plugin.calibration import collect, compute_ranges
+from q3d_plugin.calibration import (
+    InputStatistics,
+    collect,
+    compute_ranges,
+    evaluating,
+    feed,
+    from_all_ranks,
+)
 from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.layers import REGISTRY, QuantUnit, QuantWeightLayer, why_not
 from q3d_plugin.quantizer import Mode, Quantizer
 from q3d_plugin.recipe import Recipe, differences
+from q3d_plugin.transforms import smooth
 from q3d_plugin.transforms.fold import fold_state_dict
+from q3d_plugin.transforms.graph import ChannelGraph, tensors_in
 from q3d_plugin.transforms.insert import apply_recipe
 
 __all__ = [
     'CoverageRow',
     'calibrate',
     'check_checkpoint_file',
+    'check_patterns',
     'check_recipe_of',
     'check_state_dict',
     'configure',
@@ -80,10 +93,23 @@ def configure(model: nn.Module, recipe: Recipe) -> None:
             f'be quantized; the parts of this model are {", ".join(types)}. Write Quant before the type of '
             "each part that is to be quantized, such as type='QuantSECOND'"
         )
-    recipe.check_patterns([name for name, _ in found])
+    check_patterns(model, recipe)
     apply_recipe(model, recipe)
     if recipe.mode == 'float':
         set_enabled(model, False)
+
+
+def check_patterns(model: nn.Module, recipe: Recipe, path: str = 'recipe') -> None:
+    """Raises :class:`Q3DError` for the first pattern of ``recipe`` that means no layer of ``model``.
+
+    Args:
+        model: A model with Quant types in it.
+        recipe: Validated recipe.
+        path: Where the recipe stands in the config, for error messages.
+    """
+    found = units(model)
+    weighted = [name for name, unit in found if isinstance(unit, QuantWeightLayer)]
+    recipe.check_patterns([name for name, _ in found], path, weighted)
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
@@ -109,11 +135,12 @@ def calibrate(
 ) -> int:
     """Takes statistics over ``batches`` and sets every range: activations first, then weights.
 
-    A layer whose input never came stays float altogether, and is named in one warning.
+    A layer whose input never came stays float altogether, and is named in one warning. Where the recipe has
+    layers smoothed, that comes first, in a pass of its own.
 
     Args:
         model: A configured model.
-        batches: Batches of the framework's loader.
+        batches: Batches of the framework's loader; read twice where layers are smoothed.
         forward: Called with each batch.
         names: Gives the name of a batch for messages.
         logger: Where the warning goes.
@@ -124,6 +151,7 @@ def calibrate(
     Raises:
         Q3DError: There were no batches, or an activation holds NaN or Inf.
     """
+    _smooth(model, batches, forward, names, logger or _logger)
     activations = [q for q in quantizers(model) if not q.per_channel]
     weights = [q for q in quantizers(model) if q.per_channel]
     # Statistics are those of the float model: weights are let through while they are taken.
@@ -154,8 +182,80 @@ def calibrate(
     return seen
 
 
+@contextlib.contextmanager
+def _quantizers_off(model: nn.Module) -> Iterator[None]:
+    on = [q for q in quantizers(model) if not q._disabled]
+    for quantizer in on:
+        quantizer.disable()
+    try:
+        yield
+    finally:
+        for quantizer in on:
+            quantizer.enable()
+
+
+def _smooth(
+    model: nn.Module, batches: Iterable, forward: Callable, names: Optional[Callable], logger: logging.Logger
+) -> None:
+    """Smooths the layers that the recipe wants smoothed; what the model computes in float stays the same."""
+    layers = {name: unit for name, unit in units(model) if isinstance(unit, QuantWeightLayer)}
+    wanted = {name: layer for name, layer in layers.items() if layer.smooth_spec is not None}
+    if not wanted:
+        return
+    if iter(batches) is batches:
+        raise Q3DError(
+            f'calibration: {type(batches).__name__} was given, which can be read once; SmoothQuant reads the '
+            'batches twice, so a list or a loader would work'
+        )
+    searched = [name for name, layer in wanted.items() if layer.smooth_spec.alpha == 'search']
+    graph, statistics = ChannelGraph(layers), InputStatistics(layers, searched)
+    first: Dict[str, Any] = {}
+
+    def watched(batch):
+        if not first:
+            # Kept for the probe; a forward pass may write into its batch.
+            first['batch'] = copy.deepcopy(batch)
+        with graph.watching() as watch:
+            returned = forward(batch)
+            watch.returned(returned)
+        if 'seen' not in first:
+            values = [t.detach().clone() for t in tensors_in(returned)]
+            first['seen'] = dict(statistics.amax), values
+
+    def again():
+        probe, batch = InputStatistics(layers), copy.deepcopy(first['batch'])
+        with probe.attached(), evaluating(model):
+            returned = list(tensors_in(forward(batch)))
+        return probe.amax, returned
+
+    with _quantizers_off(model):
+        with statistics.attached():
+            if feed(model, batches, watched, statistics.infinite, names) == 0:
+                return
+        statistics.merge_ranks()
+        for other in from_all_ranks(graph.state()):
+            graph.merge(other)
+        smooth.agree_(graph, layers)
+        if smooth.probe_(graph, layers, again if first else None, first.get('seen'), from_all_ranks):
+            logger.warning(
+                'SmoothQuant: outputs of some layers are read by code that cannot be watched, so scales of '
+                'the layers that follow stay explicit multiplications (see the coverage table)'
+            )
+    joint = smooth.joint_amax(graph, wanted, statistics.amax)
+    errors: Dict[str, Any] = {}
+    for mine in from_all_ranks(smooth.sum_errors(wanted, joint, statistics.amax, statistics.rows)):
+        for name, error in mine.items():
+            errors[name] = errors[name] + error if name in errors else error
+    smooth.smooth_(graph, layers, joint, smooth.alphas_of(wanted, joint, errors))
+
+
 class CoverageRow(NamedTuple):
-    """One line of the coverage table."""
+    """One line of the coverage table.
+
+    Attributes:
+        smoothquant: Where the layer is smoothed: ``alpha``, ``mode``, ``producers`` (the layers that have the
+            inverse scales) and ``explicit`` (whether its input is multiplied). Not a column of the table.
+    """
 
     name: str
     kind: str
@@ -163,6 +263,7 @@ class CoverageRow(NamedTuple):
     activation: str
     shared_with: str
     note: str
+    smoothquant: Optional[Dict[str, Any]] = None
 
     @property
     def quantized(self) -> bool:
@@ -198,9 +299,10 @@ def coverage(model: nn.Module) -> List[CoverageRow]:
             activation = _describe(quantizer)
             off = any(q._disabled for q in module.quantizers())
             note = module.float_reason or ('switched off' if off and not (weight or activation) else '')
-            rows.append(
-                CoverageRow(name, module.kind, weight, activation, '' if shared == name else shared, note)
-            )
+            smoothed, words = _smoothing_of(module)
+            note = '; '.join(part for part in (note, words) if part)
+            shared = '' if shared == name else shared
+            rows.append(CoverageRow(name, module.kind, weight, activation, shared, note, smoothed))
         elif isinstance(module, Quantizer):
             continue
         elif isinstance(module, _BatchNorm):
@@ -213,11 +315,29 @@ def coverage(model: nn.Module) -> List[CoverageRow]:
     return rows
 
 
+def _smoothing_of(module: QuantUnit) -> Tuple[Optional[Dict[str, Any]], str]:
+    """What is known of the smoothing of a unit: for JSON, and in words."""
+    spec = getattr(module, 'smooth_spec', None)
+    if spec is None:
+        return None, ''
+    alpha = module.smooth_alpha.item()
+    if math.isnan(alpha):
+        return dict(alpha=None, mode=spec.mode, producers=[], explicit=False), module.smooth_note
+    alpha = round(alpha, 6)
+    # A checkpoint has the scales, not the names of the layers that they went into.
+    places = {'dynamic': 'dynamic', True: 'explicit multiplication', False: 'scale in the layers before it'}
+    place = places[spec.mode if spec.mode == 'dynamic' else module.smoothing]
+    known = dict(
+        alpha=alpha, mode=spec.mode, producers=list(module.smooth_producers), explicit=module.smoothing
+    )
+    return known, module.smooth_note or f'SmoothQuant {alpha:g}, {place}'
+
+
 def coverage_table(rows: List[CoverageRow]) -> str:
     """The rows as a text table with a line of totals."""
     header = CoverageRow('layer', 'type', 'weight', 'input', 'input shared with', 'note')
     cells = [header, *rows]
-    widths = [max(len(r[i]) for r in cells) for i in range(len(header))]
+    widths = [max(len(r[i]) for r in cells) for i in range(header.index('note') + 1)]
     lines = ['  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in cells]
     lines.insert(1, '  '.join('-' * w for w in widths))
     layers = [r for r in rows if r.kind not in ('Add', 'Concat')]
@@ -261,8 +381,11 @@ def check_checkpoint_file(path: str) -> None:
         raise Q3DError(f'checkpoint {str(path)!r} cannot be read ({reason}): copy it again') from error
 
 
+_OWN_KEYS = ('_quantizer._amax', '_quantizer._state', '.smooth_alpha', '.smooth_scale', '.smooth_weight')
+
+
 def _is_quantizer_key(key: str) -> bool:
-    return key.endswith(('_quantizer._amax', '_quantizer._state'))
+    return f'.{key}'.endswith(_OWN_KEYS)
 
 
 def check_state_dict(model: nn.Module, state_dict: Mapping, source: str = 'checkpoint') -> Dict[str, Any]:
@@ -402,21 +525,34 @@ def write_coverage(rows: List[CoverageRow], path: str) -> None:
     write_text(path, json.dumps([{**row._asdict(), 'quantized': row.quantized} for row in rows], indent=1))
 
 
-def with_progress(batches: Iterable, logger: logging.Logger, who: str) -> Iterator:
+class _Progress:
+    """Batches with a line of progress in the log; can be read several times."""
+
+    def __init__(self, batches: Iterable, logger: logging.Logger, who: str) -> None:
+        self.batches, self.logger, self.who = batches, logger, who
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator:
+        total = len(self)
+        step, start = max(1, total // 10), time.time()
+        for i, batch in enumerate(self.batches):
+            yield batch
+            if (i + 1) % step == 0 or i + 1 == total:
+                rate = (time.time() - start) / (i + 1)
+                self.logger.info(f'{self.who}: calibration [{i + 1}/{total}] {rate:.2f} s a batch')
+
+
+def with_progress(batches: Iterable, logger: logging.Logger, who: str) -> Iterable:
     """The batches (a sized iterable), with a line of progress in the log about every tenth of the way.
 
     Args:
-        batches: What to iterate over.
+        batches: What to iterate over; as often as ``batches`` can be.
         logger: Where the lines go.
         who: What the lines begin with.
     """
-    total = len(batches)
-    step, start = max(1, total // 10), time.time()
-    for i, batch in enumerate(batches):
-        yield batch
-        if (i + 1) % step == 0 or i + 1 == total:
-            rate = (time.time() - start) / (i + 1)
-            logger.info(f'{who}: calibration [{i + 1}/{total}] {rate:.2f} s a batch')
+    return _Progress(batches, logger, who)
 
 
 def quantizable_types() -> List[str]:

@@ -130,12 +130,13 @@ class Quantizer(TensorQuantizer):
         self._memo = None
         self.observer = None
 
-    def forward(self, inputs: Tensor, inplace: bool = False) -> Tensor:
+    def forward(self, inputs: Tensor, inplace: bool = False, amax: Optional[Tensor] = None) -> Tensor:
         """Observes, quantizes or passes on ``inputs``, as the mode says.
 
         Args:
             inputs: Any floating point tensor.
             inplace: Whether ``inputs`` may be overwritten, which saves a copy; without gradients only.
+            amax: A range for this one tensor, in place of the calibrated one.
 
         Raises:
             Q3DError: It was never calibrated.
@@ -156,6 +157,8 @@ class Quantizer(TensorQuantizer):
                 '(OpenPCDet: a Quant detector such as NAME: QuantCenterPoint, the recipe under MODEL.QUANT), '
                 'or load a quantized checkpoint'
             )
+        if amax is not None:
+            return numerics.fake_quantize(inputs, amax, self._num_bits, self._unsigned, self._axis, inplace)
         if self._seen_before(inputs):
             return self._memo[3]
         if self._on_grid(inputs):
