@@ -1,12 +1,20 @@
 """Training checkpoints of MMEngine under torch's ``weights_only`` loading, which is the default from torch
 2.6 on."""
 
+from collections.abc import Mapping
+from typing import Any, Dict
+
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler import param_scheduler
+from torch import nn
 
-__all__ = ['trust_mmengine_checkpoints']
+from q3d_plugin import lifecycle
+from q3d_plugin.errors import Q3DError
+from q3d_plugin.recipe import Recipe
+
+__all__ = ['check_checkpoint', 'trust_mmengine_checkpoints']
 
 _DTYPES = ('float32', 'float64', 'int32', 'int64', 'bool')
 
@@ -42,3 +50,33 @@ def trust_mmengine_checkpoints() -> None:
     arrays = [np.ndarray, np.dtype, np.core.multiarray._reconstruct, np.core.multiarray.scalar]
     dtypes = [type(np.dtype(kind)) for kind in _DTYPES]
     torch.serialization.add_safe_globals([HistoryBuffer, _pickled_method, *_SCHEDULERS, *arrays, *dtypes])
+
+
+def check_checkpoint(
+    checkpoint: Mapping, model: nn.Module, recipe: Recipe, source: str = 'checkpoint'
+) -> Dict[str, Any]:
+    """Checks that a checkpoint belongs to a configured model and, if it is quantized, to its recipe.
+
+    Args:
+        checkpoint: As read from the file.
+        model: The model that it will go into.
+        recipe: The recipe of the config.
+        source: What to call it in messages.
+
+    Returns:
+        dict: Its weights, by the names of ``model``.
+
+    Raises:
+        Q3DError: It is of another framework, another model or another recipe.
+    """
+    if 'model_state' in checkpoint and 'state_dict' not in checkpoint:
+        raise Q3DError(
+            f'{source}: it is a checkpoint of OpenPCDet (it has model_state, not state_dict); use '
+            'it with an OpenPCDet config (--cfg_file X.yaml)'
+        )
+    state = checkpoint.get('state_dict', checkpoint)
+    state = {k[7:] if k.startswith('module.') else k: v for k, v in state.items()}
+    if lifecycle.is_quantized_checkpoint(state):
+        lifecycle.check_recipe_of(checkpoint.get('meta'), recipe, source)
+    lifecycle.check_state_dict(model, state, source)
+    return state

@@ -13,6 +13,7 @@ from mmengine.registry import HOOKS
 from q3d_plugin import lifecycle
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.launch import check_writable
+from q3d_plugin.mmdet3d.checkpoints import check_checkpoint
 from q3d_plugin.mmdet3d.data import calibration_loader, frame_name
 from q3d_plugin.recipe import Recipe
 
@@ -68,16 +69,7 @@ class QuantHook(Hook):
             runner (Runner): The runner.
             checkpoint (dict): As read from the file, before it goes into the model.
         """
-        if 'model_state' in checkpoint and 'state_dict' not in checkpoint:
-            raise Q3DError(
-                f'{self._source}: it is a checkpoint of OpenPCDet (it has model_state, not state_dict); use '
-                'it with an OpenPCDet config (--cfg_file X.yaml)'
-            )
-        state = checkpoint.get('state_dict', checkpoint)
-        state = {k[7:] if k.startswith('module.') else k: v for k, v in state.items()}
-        if lifecycle.is_quantized_checkpoint(state):
-            lifecycle.check_recipe_of(checkpoint.get('meta'), self.recipe, self._source)
-        lifecycle.check_state_dict(self._model(runner), state, self._source)
+        check_checkpoint(checkpoint, self._model(runner), self.recipe, self._source)
 
     def before_train(self, runner) -> None:
         """Calibrates the model that training starts from.

@@ -24,7 +24,7 @@ class QuantSparseBasicBlock(SparseBasicBlock):
 
     def setup_quant(self) -> None:
         """Makes the addition and shares the block's input."""
-        self.add = QuantAdd()
+        self.add = QuantAdd(before_relu=True)
         if self.downsample is not None:
             share_input([self.conv1, first_layer(self.downsample)])
 

@@ -36,7 +36,7 @@ class _Residual:
     """Residual block: its addition has one quantizer for both inputs, and the shortcut shares the input's."""
 
     def setup_quant(self) -> None:
-        self.add = QuantAdd()
+        self.add = QuantAdd(before_relu=True)
         if self._shortcut() is not None:
             share_input(self.input_layers())
 

@@ -1,0 +1,107 @@
+"""Pictures of results, as PNG. Matplotlib is imported when the first one is drawn."""
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any, Dict, List, Optional
+
+from q3d_plugin.errors import Q3DError
+
+__all__ = ['figure', 'heat_map', 'png', 'sensitivity_chart', 'skip_curve']
+
+
+def figure(width: float, height: float):
+    """A figure with one pair of axes, drawn without a display.
+
+    Raises:
+        Q3DError: There is no matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise Q3DError(f'pictures need matplotlib: pip install matplotlib ({error})') from error
+    made = Figure(figsize=(width, height), layout='constrained')
+    FigureCanvasAgg(made)
+    return made, made.subplots()
+
+
+def png(made, dpi: int = 110) -> bytes:
+    """A figure as the content of a PNG file."""
+    out = io.BytesIO()
+    made.savefig(out, format='png', dpi=dpi)
+    return out.getvalue()
+
+
+def sensitivity_chart(rows: Sequence[Dict[str, Any]], most: int = 40) -> bytes:
+    """Bars: the effect of each layer on the outputs, and its own error, the most harmful layer first.
+
+    Args:
+        rows: Of ``sensitivity.json``, sorted.
+        most: How many rows.
+    """
+    rows = list(rows)[:most]
+    made, axes = figure(10, max(2.0, 1.2 + 0.24 * len(rows)))
+    places = range(len(rows))
+    measures = [('output_relative_l1', 'of the outputs', '#b2182b'), ('relative_l1', 'of its own', '#92c5de')]
+    measures = [m for m in measures if any(r.get(m[0]) for r in rows)]
+    height = 0.8 / max(len(measures), 1)
+    for i, (key, label, colour) in enumerate(measures):
+        values = [r.get(key) or 0 for r in rows]
+        axes.barh([p + (i - (len(measures) - 1) / 2) * height for p in places], values, height, color=colour)
+        axes.barh([0], [0], color=colour, label=label)
+    for place, row in zip(places, rows):
+        broken = sum(row.get(k) or 0 for k in ('nan', 'inf', 'output_nan', 'output_inf'))
+        if broken:
+            axes.text(0.99, place, f'{broken} NaN/Inf', transform=axes.get_yaxis_transform(), ha='right')
+    axes.set_yticks(list(places), [r['name'] for r in rows], fontsize=7)
+    axes.invert_yaxis()
+    if any(r.get(m[0]) for m in measures for r in rows):
+        axes.set_xscale('log')
+    axes.set_xlabel('relative L1 against float, quantized alone')
+    axes.grid(axis='x', alpha=0.3)
+    if measures:
+        axes.legend(loc='lower right', fontsize=8)
+    return png(made)
+
+
+def skip_curve(errors: Sequence[float], budget: float) -> bytes:
+    """The error of the outputs against the number of float layers."""
+    made, axes = figure(6, 3.2)
+    axes.plot(range(len(errors)), errors, marker='o', color='#b2182b')
+    axes.axhline(budget, color='grey', linestyle='--', linewidth=1)
+    axes.text(0, budget, ' budget', va='bottom', fontsize=8, color='grey')
+    axes.set_xlabel('layers left float')
+    axes.set_ylabel('relative L1 of the outputs')
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    return png(made)
+
+
+def heat_map(
+    values: Sequence[Sequence[Optional[float]]], rows: Sequence[str], columns: Sequence[str], title: str
+) -> bytes:
+    """A map of numbers, each written into its field; fields without a value stay grey.
+
+    Args:
+        values: By row and column.
+        rows: Labels.
+        columns: Labels.
+        title: Above it.
+    """
+    made, axes = figure(2.5 + 0.9 * len(columns), 1.6 + 0.42 * len(rows))
+    filled = [[math.nan if v is None else v for v in line] for line in values]
+    axes.set_facecolor('#dddddd')
+    image = axes.imshow(filled, cmap='viridis', aspect='auto')
+    known: List[float] = [v for line in filled for v in line if not math.isnan(v)]
+    middle = (min(known) + max(known)) / 2 if known else 0
+    for y, line in enumerate(filled):
+        for x, value in enumerate(line):
+            if not math.isnan(value):
+                colour = 'black' if value > middle else 'white'
+                axes.text(x, y, f'{value:.4f}', ha='center', va='center', fontsize=8, color=colour)
+    axes.set_xticks(range(len(columns)), columns, fontsize=8, rotation=20 if len(columns) > 4 else 0)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_title(title, fontsize=10)
+    made.colorbar(image, ax=axes)
+    return png(made)

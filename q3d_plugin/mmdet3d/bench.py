@@ -1,0 +1,181 @@
+"""The door to a detector of MMDetection3D for the analysis; see :mod:`q3d_plugin.bench`."""
+
+import copy
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.evaluator import Evaluator
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import _load_checkpoint, _load_checkpoint_to_model
+from torch import Tensor
+from tqdm import tqdm
+
+import q3d_plugin.mmdet3d  # noqa: F401  (registers the Quant types)
+from q3d_plugin import lifecycle
+from q3d_plugin.bench import Bench, Frames, quiet, raw_outputs
+from q3d_plugin.errors import Q3DError
+from q3d_plugin.mmdet3d.checkpoints import check_checkpoint
+from q3d_plugin.mmdet3d.data import calibration_loader
+from q3d_plugin.recipe import CalibrationSpec, Recipe
+
+__all__ = ['MMDet3DBench', 'read_config']
+
+
+def read_config(path: Path, options: Optional[Mapping[str, str]] = None) -> Config:
+    """The config with ``options`` merged, as MMDetection3D's ``--cfg-options`` does.
+
+    Args:
+        path: The file, which exists.
+        options: Dotted keys and values as text.
+
+    Raises:
+        Q3DError: The file does not parse, or has no model.
+    """
+    from mmengine.config import DictAction
+
+    try:
+        config = Config.fromfile(str(path))
+        values = {k: DictAction._parse_iterable(v) for k, v in (options or {}).items()}
+        config.merge_from_dict(values)
+    except Exception as error:  # whatever a Python file can raise
+        first = (str(error).splitlines() or [''])[0]
+        raise Q3DError(f'config {str(path)!r} cannot be read: {type(error).__name__}: {first}') from error
+    if 'model' not in config:
+        raise Q3DError(f'config {str(path)!r} has no model')
+    return config
+
+
+def _recipe_of(config: Config, path: Path) -> Recipe:
+    hooks = [h for h in config.get('custom_hooks') or [] if h.get('type') == 'QuantHook']
+    if not hooks:
+        raise Q3DError(
+            f'config {str(path)!r} has no QuantHook: custom_hooks = [dict(type="QuantHook", '
+            'recipe=dict(...))] would work'
+        )
+    given = hooks[0].get('recipe')
+    return Recipe.from_dict(given.to_dict() if isinstance(given, ConfigDict) else given)
+
+
+class MMDet3DBench(Bench):
+    """A detector of MMDetection3D.
+
+    Args:
+        config: A config with Quant types and a QuantHook.
+        checkpoint: Float or quantized.
+        options: Dotted keys of the config to change.
+        recipe: In place of the hook's.
+    """
+
+    framework = 'mmdet3d'
+
+    def __init__(
+        self,
+        config: Path,
+        checkpoint: str,
+        options: Optional[Mapping[str, str]] = None,
+        recipe: Optional[Recipe] = None,
+    ) -> None:
+        self.config, self.checkpoint = Path(config), Path(checkpoint)
+        self.cfg = read_config(self.config, options)
+        self.recipe = recipe or _recipe_of(self.cfg, self.config)
+        self.logger = MMLogger.get_instance('q3d_plugin', log_level='WARNING')
+        init_default_scope(self.cfg.get('default_scope', 'mmdet3d'))
+        from mmdet3d.registry import MODELS
+
+        self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        self.model = MODELS.build(copy.deepcopy(self.cfg.model)).to(self.device).eval()
+        lifecycle.configure(self.model, self.recipe)
+        source = f'checkpoint {str(checkpoint)!r}'
+        content = _load_checkpoint(str(checkpoint), map_location='cpu')
+        state = check_checkpoint(content, self.model, self.recipe, source)
+        self.quantized = lifecycle.is_quantized_checkpoint(state)
+        with quiet():
+            _load_checkpoint_to_model(
+                self.model, content, strict=False, revise_keys=[(r'^module\.', '')]
+            )
+        self.keep_float_state()
+        dataset = (self.cfg.get('test_dataloader') or {}).get('dataset', {})
+        self.classes = tuple((dataset.get('metainfo') or {}).get('classes') or self.cfg.get('class_names', ()))
+        self._test = None
+        self._heads = [m for m in self.model.modules() if hasattr(m, 'predict_by_feat')]
+
+    @property
+    def second_stage(self) -> bool:
+        return any(getattr(self.model, n, None) is not None for n in ('roi_head', 'pts_roi_head'))
+
+    def frames(self, split: str, count: int, seed: int = 0) -> Frames:
+        loader, _ = calibration_loader(self.cfg, CalibrationSpec(split, count, seed), self.logger)
+        return Frames(loader, self.prepare_batch)
+
+    def prepare_batch(self, batch: Any) -> Any:
+        """What the model's preprocessor makes of a batch of the loader: voxels, on the device."""
+        return self.model.data_preprocessor(batch, False)
+
+    @torch.no_grad()
+    def run(self, batch: Any) -> Any:
+        # A shallow copy: some detectors add entries to their inputs.
+        batch = {k: dict(v) if isinstance(v, dict) else v for k, v in batch.items()}
+        return self.model._run_forward(batch, mode='predict')
+
+    def forward(self, batch: Any) -> Dict[str, Tensor]:
+        return raw_outputs(self._heads, ('predict_by_feat',), lambda: self.run(batch))
+
+    @torch.no_grad()
+    def evaluate(self, folder: Optional[Path] = None) -> Dict[str, Any]:
+        if self._test is None:
+            if self.cfg.get('test_dataloader') is None or self.cfg.get('test_evaluator') is None:
+                raise Q3DError(f'config {str(self.config)!r} has no test_dataloader or no test_evaluator')
+            loader = copy.deepcopy(self.cfg.test_dataloader)
+            with quiet():
+                self._test = Runner.build_dataloader(loader, seed=0)
+        loader = self._test
+        evaluator = Evaluator(copy.deepcopy(self.cfg.test_evaluator))
+        evaluator.dataset_meta = getattr(loader.dataset, 'metainfo', None)
+        with tempfile.TemporaryDirectory() as temporary, quiet():
+            for metric in evaluator.metrics:
+                if hasattr(metric, 'jsonfile_prefix'):
+                    metric.jsonfile_prefix = os.path.join(str(folder or temporary), 'predictions')
+            for batch in tqdm(loader, desc='evaluation', unit='frame', leave=False):
+                outputs = self.model.test_step(batch)
+                evaluator.process(data_samples=outputs, data_batch=batch)
+            found = evaluator.evaluate(len(loader.dataset))
+        return summarize(found)
+
+    def settings(self) -> Dict[str, Any]:
+        names = ('model', 'test_dataloader', 'test_evaluator', 'train_dataloader', 'test_cfg')
+        return {name: _plain(self.cfg.get(name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def summarize(found: Mapping[str, float]) -> Dict[str, Any]:
+    """MMDetection3D's metrics in the form of :meth:`q3d_plugin.bench.Bench.evaluate`.
+
+    Examples:
+        >>> summarize({'a/mAP': 0.5, 'a/car_AP_dist_0.5': 0.2, 'a/car_AP_dist_1.0': 0.4})['AP']
+        {'car': 0.30000000000000004}
+    """
+    short = {k.rsplit('/', 1)[-1]: v for k, v in found.items()}
+    groups: Dict[str, list] = {}
+    for key, value in short.items():
+        if '_AP_dist_' in key:
+            groups.setdefault(key.split('_AP_dist_')[0], []).append(float(value))
+    return {
+        'mAP': short.get('mAP'),
+        'NDS': short.get('NDS'),
+        'AP': {c: sum(v) / len(v) for c, v in groups.items()},
+        'all': {k: float(v) for k, v in found.items() if isinstance(v, (int, float))},
+    }
