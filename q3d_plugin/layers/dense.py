@@ -115,22 +115,6 @@ class QuantLinear(QuantWeightLayer, nn.Linear):
         x, weight = self.quantized(input)
         return F.linear(x, weight, self.bias)
 
-    @property
-    def input_channels(self) -> int:
-        return self.in_features
-
-    def channel_axis(self, x: Tensor) -> int:
-        return x.dim() - 1
-
-    def kernel_view(self, weight: Tensor) -> Tensor:
-        return weight[None, :, :, None]
-
-    def scale_input(self, weight: Tensor, factor: Tensor) -> Tensor:
-        return weight * factor
-
-    def rows_of(self, x: Tensor, out: Tensor, places: Tensor) -> Tensor:
-        return x.reshape(-1, self.in_features)[places][..., None]
-
 
 class _QuantConvTranspose(_Convolution):
     """Transposed convolutions hold their weight as (in, out / groups, kernel...)."""
