@@ -302,6 +302,36 @@ def test_outliers_of_the_input_cost_a_third_at_most(kind, alpha, mode):
     assert errors[1] * 3 < errors[0]
 
 
+@pytest.mark.parametrize('alpha', [0.5, 'search'])
+@pytest.mark.parametrize('kind', ['conv', 'transposed', 'linear', 'sparse'])
+def test_outliers_before_weights_of_any_kind_cost_a_third_at_most(kind, alpha):
+    # The weights know nothing of the outliers here, so that alpha 1 would move all of the trouble to them.
+    wide = torch.ones(256)
+    wide[[3, 120]] = 50
+    if kind == 'sparse':
+        layer, x = spconv.SubMConv3d(256, 16, 3), voxels(1)[0]
+        x = x.replace_feature(torch.randn(60, 256).relu() * wide)
+    else:
+        layer, shape = {
+            'conv': (nn.Conv2d(256, 16, 3, padding=1), (1, 256, 12, 12)),
+            'transposed': (nn.ConvTranspose2d(256, 16, 2, stride=2), (1, 256, 12, 12)),
+            'linear': (nn.Linear(256, 16), (200, 256)),
+        }[kind]
+        x = torch.randn(shape).relu() * wide.reshape(-1, *[1] * (len(shape) - 2))
+    layer = converted(layer).eval()
+    errors = []
+    for smoothquant in (None, dict(alpha=alpha)):
+        model = nn.Sequential(copy.deepcopy(layer))
+        recipe = dict(smoothquant=smoothquant, activation=dict(calibrator='max'))
+        lifecycle.configure(model, Recipe.from_dict(recipe))
+        lifecycle.calibrate(model, [x], model)
+        with torch.no_grad():
+            got = layer.features(model(x))
+            lifecycle.set_enabled(model, False)
+            errors.append((got - layer.features(model(x))).abs().mean())
+    assert errors[1] * 3 < errors[0]
+
+
 # Who does not agree.
 
 
