@@ -182,7 +182,9 @@ def open_bench(
     """
     path = Path(config)
     if path.suffix not in ('.py', '.yaml', '.yml'):
-        raise Q3DError(f'config {config!r}: a .py file (MMDetection3D) or a .yaml file (OpenPCDet) would work')
+        raise Q3DError(
+            f'config {config!r}: a .py file (MMDetection3D) or a .yaml file (OpenPCDet) would work'
+        )
     if not path.is_file():
         raise Q3DError(f'config {config!r} is not a file (looked in {Path.cwd()})')
     lifecycle.check_checkpoint_file(checkpoint)
@@ -190,7 +192,9 @@ def open_bench(
         try:
             from q3d_plugin.mmdet3d.bench import MMDet3DBench
         except ImportError as error:
-            raise Q3DError(f'a .py config needs MMDetection3D, which does not import here: {error}') from error
+            raise Q3DError(
+                f'a .py config needs MMDetection3D, which does not import here: {error}'
+            ) from error
         return MMDet3DBench(path, checkpoint, options, recipe)
     from q3d_plugin import openpcdet
 

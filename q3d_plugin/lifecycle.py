@@ -243,7 +243,7 @@ def _smooth(
             )
     joint = smooth.joint_amax(graph, wanted, statistics.amax)
     errors: Dict[str, Any] = {}
-    for mine in from_all_ranks(smooth.sum_errors(wanted, joint, statistics.amax, statistics.rows)):
+    for mine in from_all_ranks(smooth.sum_errors(wanted, joint, statistics)):
         for name, error in mine.items():
             errors[name] = errors[name] + error if name in errors else error
     smooth.smooth_(graph, layers, joint, smooth.alphas_of(wanted, joint, errors))

@@ -23,7 +23,9 @@ def add_common(parser: argparse.ArgumentParser, what: str) -> None:
     """
     parser.add_argument('config', help='.py: MMDetection3D; .yaml: OpenPCDet; with Quant types and a recipe')
     parser.add_argument('checkpoint', help='of the float model')
-    parser.add_argument('--out', help=f'folder for the results (default: work_dirs/{what}/NAME OF THE CONFIG)')
+    parser.add_argument(
+        '--out', help=f'folder for the results (default: work_dirs/{what}/NAME OF THE CONFIG)'
+    )
     parser.add_argument(
         '--set',
         nargs='+',

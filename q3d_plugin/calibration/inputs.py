@@ -3,7 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,9 @@ class InputStatistics:
     Attributes:
         amax: Name -> (C_in,) largest magnitudes so far, of what is quantized: explicit scales of an earlier
             smoothing are in it. Layers that were not called are not in it.
-        rows: Name -> (rows, C_in, kernel positions): what outputs chosen at random are computed from, every
-            call of the layer with the same weight.
+        rows: Name -> (rows, C_in, kernel positions): what outputs chosen at random are computed from, of
+            every call of the layer as many.
+        weights: Name -> (rows,) how many outputs a row stands for, on average 1.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class InputStatistics:
         self.layers = layers
         self.amax: Dict[str, Tensor] = {}
         self.rows: Dict[str, Tensor] = {}
+        self.weights: Dict[str, Tensor] = {}
         self._sampled, self._count = frozenset(sampled), rows
         self._calls: Dict[str, int] = {}
         self._generator = torch.Generator().manual_seed(seed)
@@ -88,13 +90,31 @@ class InputStatistics:
         new = torch.rand(self._count, generator=self._generator) * calls < 1
         if not new.any():
             return
-        fresh = layer.sample_rows(x, output, int(new.sum()), self._generator).detach().float()
+        places, weights = self._choose(layer, layer.features(output).detach(), int(new.sum()))
+        fresh = layer.rows_of(x, output, places).detach().float()
         if scale is not None:
             fresh = fresh * scale[:, None]
         if name not in self.rows:
-            self.rows[name] = fresh.contiguous()
+            self.rows[name], self.weights[name] = fresh.contiguous(), weights
         else:
-            self.rows[name][new.to(fresh.device)] = fresh
+            new = new.to(fresh.device)
+            self.rows[name][new], self.weights[name][new] = fresh, weights
+
+    def _choose(self, layer: nn.Module, y: Tensor, count: int) -> Tuple[Tensor, Tensor]:
+        """Importance sampling: half of the outputs by their energy, half evenly; and what each stands for.
+
+        Most of a map is empty, and what a detector is for lies in few places.
+        """
+        axis = layer.channel_axis(y)
+        if layer.bias is not None:
+            y = y - layer.bias.reshape(-1, *[1] * (y.dim() - 1 - axis))
+        energy = torch.linalg.vector_norm(y.float(), dim=axis).double().square().flatten()
+        # How much oftener than on average an output is chosen.
+        often = 0.5 + 0.5 * energy / energy.mean() if energy.any() else torch.ones_like(energy)
+        ends = often.cumsum(0)
+        drawn = torch.rand(count, generator=self._generator, dtype=torch.float64).to(y.device) * ends[-1]
+        places = torch.searchsorted(ends, drawn).clamp_(max=len(ends) - 1)
+        return places, (1 / often[places]).float()
 
     def infinite(self) -> List[str]:
         """Names of layers whose input held NaN or Inf."""

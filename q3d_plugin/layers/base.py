@@ -128,7 +128,9 @@ class QuantUnit(nn.Module):
 
 
 class QuantWeightLayer(QuantUnit):
-    """A layer with a weight. Subclasses say where the output channel is and how the layer computes.
+    """A layer with a weight. Subclasses say where the channels are and how the layer computes.
+
+    What is written here is the layout of a linear layer: (out, in), channels last.
 
     Instances are made by :func:`converted` from float layers, whose parameters they keep.
     """
@@ -166,7 +168,7 @@ class QuantWeightLayer(QuantUnit):
     @property
     def input_channels(self) -> int:
         """Number of input channels or features."""
-        raise NotImplementedError
+        return self.weight.shape[1]
 
     def features(self, x: Any) -> Tensor:
         """The tensor in what the layer is called with or returns."""
@@ -174,30 +176,30 @@ class QuantWeightLayer(QuantUnit):
 
     def channel_axis(self, x: Tensor) -> int:
         """The axis of the channels in an input or an output."""
-        raise NotImplementedError
+        return x.dim() - 1
 
     def kernel_view(self, weight: Tensor) -> Tensor:
         """``weight`` (in this layer's layout) as (groups, out / groups, in / groups, kernel positions)."""
-        raise NotImplementedError
+        return weight[None, :, :, None]
 
     def scale_input(self, weight: Tensor, factor: Tensor) -> Tensor:
         """``weight`` (in this layer's layout) with what input channel c meets multiplied by ``factor[c]``."""
-        raise NotImplementedError
+        return weight * factor
 
-    def sample_rows(self, x: Any, out: Any, count: int, generator: torch.Generator) -> Tensor:
-        """What some outputs, chosen at random with replacement, are computed from.
+    def rows_of(self, x: Any, out: Any, places: Tensor) -> Tensor:
+        """What some outputs are computed from.
 
         Args:
             x: What the layer was called with.
             out: What it returned.
-            count: How many outputs.
-            generator: Chooses them; on the CPU.
+            places: (count,) which outputs, counted in the order of memory as if channels came last; of a
+                sparse layer the rows of its output.
 
         Returns:
             Tensor: (count, input channels, kernel positions), zero where a position lies outside. The sum of
             its products with :meth:`kernel_view` is the output without its bias.
         """
-        raise NotImplementedError
+        return x.reshape(-1, x.shape[-1])[places][..., None]
 
     def input_amax(self) -> Tensor:
         """(C_in,) largest magnitude of the weight for each input channel, in every group."""

@@ -28,7 +28,7 @@ class _Convolution(QuantWeightLayer):
     def channel_axis(self, x: Tensor) -> int:
         return x.dim() - 1 - len(self.kernel_size)
 
-    def _reads(self, place: Tensor, sizes: Tuple[int, ...]) -> Tuple[Tensor, Tensor]:
+    def _reads(self, place: Tensor) -> Tuple[Tensor, Tensor]:
         """(count, positions, dimensions) coordinates that the outputs at ``place`` read; which are there."""
         raise NotImplementedError
 
@@ -37,15 +37,16 @@ class _Convolution(QuantWeightLayer):
         axes = [torch.arange(k, device=device) for k in self.kernel_size]
         return torch.cartesian_prod(*axes).reshape(-1, len(axes))
 
-    def sample_rows(self, x: Tensor, out: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        dimensions = len(self.kernel_size)
-        if x.dim() == dimensions + 1:
+    def rows_of(self, x: Tensor, out: Tensor, places: Tensor) -> Tensor:
+        if x.dim() == len(self.kernel_size) + 1:
             x, out = x[None], out[None]
         x = self._padded(x)
-        sizes = (out.shape[0], *out.shape[2:])
-        axes = [torch.randint(size, (count,), generator=generator) for size in sizes]
-        places = torch.stack(axes, dim=1).to(x.device)
-        where, there = self._reads(places[:, 1:], tuple(x.shape[2:]))
+        axes: List[Tensor] = []
+        for size in (*out.shape[:1:-1], out.shape[0]):
+            axes.insert(0, places % size)
+            places = places // size
+        places = torch.stack(axes, dim=1)
+        where, there = self._reads(places[:, 1:])
         there = there & (where >= 0).all(-1) & (where < where.new_tensor(x.shape[2:])).all(-1)
         where = where.masked_fill(~there[..., None], 0)
         rows = x[(places[:, :1], slice(None), *where.unbind(-1))]  # (count, positions, channels)
@@ -73,7 +74,7 @@ class _QuantConv(_Convolution):
             return x
         return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
 
-    def _reads(self, place: Tensor, sizes: Tuple[int, ...]) -> Tuple[Tensor, Tensor]:
+    def _reads(self, place: Tensor) -> Tuple[Tensor, Tensor]:
         # Written out for padding='same' too: (last left, last right, ..., first left, first right).
         before = place.new_tensor(self._reversed_padding_repeated_twice[::2][::-1])
         if self.padding_mode != 'zeros':
@@ -114,23 +115,6 @@ class QuantLinear(QuantWeightLayer, nn.Linear):
         x, weight = self.quantized(input)
         return F.linear(x, weight, self.bias)
 
-    @property
-    def input_channels(self) -> int:
-        return self.in_features
-
-    def channel_axis(self, x: Tensor) -> int:
-        return x.dim() - 1
-
-    def kernel_view(self, weight: Tensor) -> Tensor:
-        return weight[None, :, :, None]
-
-    def scale_input(self, weight: Tensor, factor: Tensor) -> Tensor:
-        return weight * factor
-
-    def sample_rows(self, x: Tensor, out: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        return rows[torch.randint(len(rows), (count,), generator=generator).to(x.device)][..., None]
-
 
 class _QuantConvTranspose(_Convolution):
     """Transposed convolutions hold their weight as (in, out / groups, kernel...)."""
@@ -142,7 +126,7 @@ class _QuantConvTranspose(_Convolution):
     def scale_input(self, weight: Tensor, factor: Tensor) -> Tensor:
         return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
 
-    def _reads(self, place: Tensor, sizes: Tuple[int, ...]) -> Tuple[Tensor, Tensor]:
+    def _reads(self, place: Tensor) -> Tuple[Tensor, Tensor]:
         # Input i meets kernel position k at output i * stride - padding + k * dilation.
         start = place + place.new_tensor(self.padding)
         reach = start[:, None] - self._offsets(place.device) * place.new_tensor(self.dilation)

@@ -70,11 +70,10 @@ class QuantSparseConvolution(QuantWeightLayer):
             return (weight.reshape(self.in_channels, -1) * factor[:, None]).reshape(weight.shape)
         return weight * factor
 
-    def sample_rows(self, x: Any, out: Any, count: int, generator: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(out.features), (count,), generator=generator).to(x.features.device)
+    def rows_of(self, x: Any, out: Any, places: Tensor) -> Tensor:
         if self.conv1x1:
-            return x.features[chosen][..., None]
-        there, index = _lookup(x, *self._reads(x, out.indices[chosen].long()))
+            return x.features[places][..., None]
+        there, index = _lookup(x, *self._reads(x, out.indices[places].long()))
         return (x.features[index] * there[..., None]).transpose(1, 2)
 
     def _reads(self, x: Any, places: Tensor) -> Tuple[Tensor, Tensor]:

@@ -97,12 +97,12 @@ class MMDet3DBench(Bench):
         state = check_checkpoint(content, self.model, self.recipe, source)
         self.quantized = lifecycle.is_quantized_checkpoint(state)
         with quiet():
-            _load_checkpoint_to_model(
-                self.model, content, strict=False, revise_keys=[(r'^module\.', '')]
-            )
+            _load_checkpoint_to_model(self.model, content, strict=False, revise_keys=[(r'^module\.', '')])
         self.keep_float_state()
         dataset = (self.cfg.get('test_dataloader') or {}).get('dataset', {})
-        self.classes = tuple((dataset.get('metainfo') or {}).get('classes') or self.cfg.get('class_names', ()))
+        self.classes = tuple(
+            (dataset.get('metainfo') or {}).get('classes') or self.cfg.get('class_names', ())
+        )
         self._test = None
         self._heads = [m for m in self.model.modules() if hasattr(m, 'predict_by_feat')]
 

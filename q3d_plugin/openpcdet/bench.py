@@ -100,7 +100,9 @@ class OpenPCDetBench(Bench):
         self.cfg = read_config(self.config, options)
         given = check_model_cfg(self.cfg.MODEL)
         if given is None:
-            raise Q3DError(f'config {str(config)!r} has no {PATH} and no Quant names: there is nothing to try')
+            raise Q3DError(
+                f'config {str(config)!r} has no {PATH} and no Quant names: there is nothing to try'
+            )
         self.recipe = given
         self.logger = logging.getLogger('q3d_plugin.openpcdet')
         self.classes = tuple(self.cfg.CLASS_NAMES)

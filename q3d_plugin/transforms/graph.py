@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from q3d_plugin.layers import QuantWeightLayer
 
-__all__ = ['ChannelGraph', 'State', 'tensors_in']
+__all__ = ['ChannelGraph', 'State', 'place_of', 'tensors_in']
 
 _NOBODY = -1
 """In the place of a slot: a channel that no layer with a weight wrote."""
@@ -141,14 +141,14 @@ class ChannelGraph:
         self._unite_by_structure()
 
     def _unite_by_structure(self) -> None:
-        groups: Dict[int, str] = {}
+        groups: Dict[Any, str] = {}
         for name, layer in self.layers.items():
             # Layers that are declared to read one tensor, and layers that have one weight.
             if layer.input_group is not None:
                 first = groups.setdefault(id(layer.input_group), name)
                 if len(self._read[first]) == len(self._read[name]):
                     self.unite(self._read[first], self._read[name])
-            first = groups.setdefault(id(layer.weight), name)
+            first = groups.setdefault(place_of(layer.weight), name)
             self.unite(self._read[first], self._read[name])
             self.unite(self._written[first], self._written[name])
 
@@ -553,6 +553,11 @@ class _Watch(TorchDispatchMode):
 
 _MANY = {'split', 'split_with_sizes', 'unbind'}
 """Operations whose rule looks at all of their results."""
+
+
+def place_of(parameter: Tensor) -> Tuple[int, Tuple[int, ...]]:
+    """Where a parameter, or a part of one, lies in memory: tells whether two layers have one weight."""
+    return parameter.data_ptr(), tuple(parameter.shape)
 
 
 def _one_run(indices: Sequence[Optional[Tensor]]) -> Optional[Tuple[int, int, int]]:

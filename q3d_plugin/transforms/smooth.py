@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from q3d_plugin import numerics
+from q3d_plugin.calibration import InputStatistics
 from q3d_plugin.layers import QuantWeightLayer
 from q3d_plugin.recipe import ActivationSpec
-from q3d_plugin.transforms.graph import ChannelGraph
+from q3d_plugin.transforms.graph import ChannelGraph, place_of
 
 __all__ = [
     'Joint',
@@ -128,13 +129,18 @@ def candidates(grid: Sequence[float]) -> Tuple[Optional[float], ...]:
 
 
 def output_error(
-    layer: QuantWeightLayer, rows: Tensor, x_amax: Tensor, scales: Sequence[Optional[Tensor]]
+    layer: QuantWeightLayer,
+    rows: Tensor,
+    weights: Tensor,
+    x_amax: Tensor,
+    scales: Sequence[Optional[Tensor]],
 ) -> Tensor:
     """Squared error of a quantized layer's output, relative to its squared output, under several scales.
 
     Args:
         layer: With the specs of its quantizers.
-        rows: (R, C_in, K) what some outputs are computed from; see ``QuantWeightLayer.sample_rows``.
+        rows: (R, C_in, K) what some outputs are computed from; see ``QuantWeightLayer.rows_of``.
+        weights: (R,) how many outputs each row stands for.
         x_amax: (C_in,) largest magnitudes of the whole input.
         scales: (C_in,) scales to try; None for ones.
 
@@ -150,7 +156,11 @@ def output_error(
         return torch.bmm(x, w.transpose(1, 2))
 
     reference = product(flat, weight)
-    energy = reference.double().square().sum().clamp_min(1e-30)
+
+    def weighed(y):
+        return (y.double().square().sum((0, 2)) * weights.double()).sum()
+
+    energy = weighed(reference).clamp_min(1e-30)
     errors = []
     for scale in scales:
         x, w, largest = flat, weight, x_amax
@@ -158,13 +168,13 @@ def output_error(
             by_group = scale.reshape(groups, in_channels)
             x, w, largest = x / by_group[None, :, :, None], w * by_group[:, None, :, None], x_amax / scale
         if layer.input_quantizer is not None:
-            x = _quantized_input(x, largest.max(), layer.input_quantizer.spec)
+            x = _quantized_input(x, weights, largest.max(), layer.input_quantizer.spec)
         if layer.weight_quantizer is not None:
             spec = layer.weight_quantizer.spec
             lines = w.reshape(groups * out_channels, -1)
             amax = numerics.weight_amax(lines, spec.bits, spec.calibrator, spec.percentile)
             w = numerics.fake_quantize(lines, amax, spec.bits, axis=0).reshape(w.shape)
-        errors.append((product(x, w) - reference).double().square().sum() / energy)
+        errors.append(weighed(product(x, w) - reference) / energy)
     return torch.stack(errors)
 
 
@@ -172,34 +182,38 @@ def output_error(
 _SEARCHED = 2**14
 
 
-def _quantized_input(x: Tensor, amax: Tensor, spec: ActivationSpec) -> Tensor:
+def _quantized_input(x: Tensor, weights: Tensor, amax: Tensor, spec: ActivationSpec) -> Tensor:
     """``x`` on the grid that calibration would give it, by a sample of its values."""
     unsigned = bool(x.min() >= 0) if spec.unsigned == 'auto' else bool(spec.unsigned)
     values = x.reshape(-1)
-    values = values[:: max(1, len(values) // _SEARCHED)]
+    # A step that is no multiple of a row takes values of every channel and position.
+    step = max(1, len(values) // _SEARCHED) | 1
+    index = torch.arange(0, len(values), step, device=x.device)
+    values, weights = values[index], weights[index // (len(values) // len(weights))]
     if spec.calibrator == 'percentile':
-        rank = max(1, min(len(values), round(len(values) * spec.percentile / 100.0 + 0.5)))
-        amax = torch.minimum(values.abs().kthvalue(rank).values, amax)
+        ordered, order = values.abs().sort()
+        below = weights[order].double().cumsum(0)
+        rank = torch.searchsorted(below, below[-1:] * (spec.percentile / 100.0)).clamp_(max=len(ordered) - 1)
+        amax = torch.minimum(ordered[rank[0]], amax)
     elif spec.calibrator != 'max':
         factors = torch.linspace(0.2 if spec.bits >= 8 else 0.05, 1.0, 13).tolist()
         errors = [
-            (numerics.fake_quantize(values, amax * f, spec.bits, unsigned) - values).square().sum()
+            (
+                (numerics.fake_quantize(values, amax * f, spec.bits, unsigned) - values).square() * weights
+            ).sum()
             for f in factors
         ]
         amax = amax * factors[int(torch.stack(errors).argmin())]
     return numerics.fake_quantize(x, amax, spec.bits, unsigned)
 
 
-def sum_errors(
-    layers: Layers, joint: Joint, x_amax: Mapping[str, Tensor], rows: Mapping[str, Tensor]
-) -> Dict:
+def sum_errors(layers: Layers, joint: Joint, statistics: InputStatistics) -> Dict[str, Tensor]:
     """Errors of every layer whose alpha is searched, for every candidate.
 
     Args:
         layers: Those that are smoothed.
         joint: From :func:`joint_amax`.
-        x_amax: Name -> (C_in,) largest magnitudes of the layer's own input.
-        rows: Name -> rows of its input; layers without are left out.
+        statistics: Of the inputs; layers without rows are left out.
 
     Returns:
         dict: Name -> (candidates,) float64 errors on the CPU.
@@ -207,7 +221,7 @@ def sum_errors(
     errors = {}
     for name in joint.x_amax:
         spec = layers[name].smooth_spec
-        if spec.alpha != 'search' or name not in rows:
+        if spec.alpha != 'search' or name not in statistics.rows:
             continue
         scales = [
             None
@@ -215,7 +229,8 @@ def sum_errors(
             else numerics.smoothing_scale(joint.x_amax[name], joint.weight_amax[name], alpha)
             for alpha in candidates(spec.grid)
         ]
-        errors[name] = output_error(layers[name], rows[name], x_amax[name], scales).cpu()
+        seen = (values[name] for values in (statistics.rows, statistics.weights, statistics.amax))
+        errors[name] = output_error(layers[name], *seen, scales).cpu()
     return errors
 
 
@@ -256,9 +271,9 @@ def _scale_weights(
     done = set()
     for name, layer in layers.items():
         # In place: optimizers and averaged models hold references to the parameters.
-        if id(layer.weight) in done:
+        if place_of(layer.weight) in done:
             continue
-        done.add(id(layer.weight))
+        done.add(place_of(layer.weight))
         device = layer.weight.device
         into = torch.from_numpy(factors[graph.read(name)]).to(device)
         if explicit and name in explicit:
@@ -267,8 +282,8 @@ def _scale_weights(
         if bool((into != 1).any()) or bool((out != 1).any()):
             weight = layer.scale_output(layer.scale_input(layer.weight.double(), into), out)
             layer.weight.copy_(weight.to(layer.weight.dtype))
-            if layer.bias is not None and id(layer.bias) not in done:
-                done.add(id(layer.bias))
+            if layer.bias is not None and place_of(layer.bias) not in done:
+                done.add(place_of(layer.bias))
                 layer.bias.copy_((layer.bias.double() * out).to(layer.bias.dtype))
 
 
