@@ -56,6 +56,7 @@ __all__ = [
     'units',
     'with_progress',
     'write_coverage',
+    'write_run',
     'write_text',
 ]
 
@@ -523,6 +524,46 @@ def write_text(path: str, text: str) -> None:
 def write_coverage(rows: List[CoverageRow], path: str) -> None:
     """Writes the coverage table as JSON: a list of dictionaries."""
     write_text(path, json.dumps([{**row._asdict(), 'quantized': row.quantized} for row in rows], indent=1))
+
+
+def histograms(model: nn.Module) -> List[Dict[str, Any]]:
+    """What calibration saw of every distinct input, compact: one dictionary for each activation quantizer.
+
+    Args:
+        model: Calibrated here; quantizers of a checkpoint have seen nothing.
+    """
+    rows = []
+    for quantizer in quantizers(model):
+        if quantizer.per_channel or quantizer.seen is None:
+            continue
+        ranged = quantizer.mode in (Mode.SIGNED, Mode.UNSIGNED)
+        rows.append(
+            {
+                'name': quantizer.owners[0] if quantizer.owners else quantizer.name,
+                'owners': list(quantizer.owners),
+                'bits': quantizer.num_bits,
+                'unsigned': quantizer.mode is Mode.UNSIGNED,
+                'amax': quantizer._amax.item() if ranged else None,
+                **quantizer.seen,
+            }
+        )
+    return rows
+
+
+def write_run(folder: str, model: nn.Module, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Writes what ``tools/report.py`` shows of a run: run.json, coverage.json and histograms.json.
+
+    Args:
+        folder: Of the run.
+        model: Configured, and calibrated unless the recipe's mode is float.
+        recipe: Of the run.
+        facts: Framework, config, checkpoint, data set, in plain data.
+    """
+    write_text(os.path.join(folder, 'run.json'), json.dumps({**facts, **stamp(recipe)}, indent=1))
+    write_coverage(coverage(model), os.path.join(folder, 'coverage.json'))
+    rows = histograms(model)
+    if rows:
+        write_text(os.path.join(folder, 'histograms.json'), json.dumps(rows))
 
 
 class _Progress:
