@@ -2,9 +2,9 @@
 
     python tools/spoil_checkpoint.py CONFIG CHECKPOINT OUT.pth --layers '*backbone*' --factor 50 --share 0.05
 
-Some channels between two layers are multiplied by a factor in the layer that writes them and divided by it in the
-layers that read them. The scale of an activation is per tensor, so that the other channels lose their bits.
-CONFIG has Quant types, by which the layers are found; CHECKPOINT is float, and so is OUT.pth, of the same keys.
+Some channels between two layers are multiplied by a factor in the layer that writes them and divided by it in
+the layers that read them. An activation has one scale, so that its other channels lose their bits. CONFIG has
+Quant types, by which the layers are found; CHECKPOINT is float, and so is OUT.pth, with the same keys.
 """
 
 import os
