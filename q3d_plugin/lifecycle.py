@@ -65,6 +65,11 @@ META_KEY = 'q3d'
 
 _logger = logging.getLogger(__name__)
 
+_ONCE = (
+    'calibration: {} was given, which can be read once; SmoothQuant reads the batches twice, so a list or a '
+    'loader would work'
+)
+
 
 def units(model: nn.Module) -> List[Tuple[str, QuantUnit]]:
     """Every layer, addition and concatenation of ``model`` that can be quantized, with its dotted name."""
@@ -152,7 +157,7 @@ def calibrate(
     Raises:
         Q3DError: There were no batches, or an activation holds NaN or Inf.
     """
-    _smooth(model, batches, forward, names, logger or _logger)
+    smoothed = _smooth(model, batches, forward, names, logger or _logger)
     activations = [q for q in quantizers(model) if not q.per_channel]
     weights = [q for q in quantizers(model) if q.per_channel]
     # Statistics are those of the float model: weights are let through while they are taken.
@@ -163,6 +168,8 @@ def calibrate(
     finally:
         for quantizer in weights:
             quantizer.enable()
+    if seen == 0 and smoothed:
+        raise Q3DError(_ONCE.format(type(batches).__name__))
     if seen == 0:
         raise Q3DError('calibration: there is not one frame to calibrate on')
     empty = set(compute_ranges(activations))
@@ -197,17 +204,17 @@ def _quantizers_off(model: nn.Module) -> Iterator[None]:
 
 def _smooth(
     model: nn.Module, batches: Iterable, forward: Callable, names: Optional[Callable], logger: logging.Logger
-) -> None:
-    """Smooths the layers that the recipe wants smoothed; what the model computes in float stays the same."""
+) -> int:
+    """Smooths the layers that the recipe wants smoothed, and gives the number of batches that it read.
+
+    What the model computes in float stays the same.
+    """
     layers = {name: unit for name, unit in units(model) if isinstance(unit, QuantWeightLayer)}
     wanted = {name: layer for name, layer in layers.items() if layer.smooth_spec is not None}
     if not wanted:
-        return
+        return 0
     if iter(batches) is batches:
-        raise Q3DError(
-            f'calibration: {type(batches).__name__} was given, which can be read once; SmoothQuant reads the '
-            'batches twice, so a list or a loader would work'
-        )
+        raise Q3DError(_ONCE.format(type(batches).__name__))
     searched = [name for name, layer in wanted.items() if layer.smooth_spec.alpha == 'search']
     graph, statistics = ChannelGraph(layers), InputStatistics(layers, searched)
     first: Dict[str, Any] = {}
@@ -231,8 +238,9 @@ def _smooth(
 
     with _quantizers_off(model):
         with statistics.attached():
-            if feed(model, batches, watched, statistics.infinite, names) == 0:
-                return
+            seen = feed(model, batches, watched, statistics.infinite, names)
+        if seen == 0:
+            return 0
         statistics.merge_ranks()
         for other in from_all_ranks(graph.state()):
             graph.merge(other)
@@ -248,6 +256,7 @@ def _smooth(
         for name, error in mine.items():
             errors[name] = errors[name] + error if name in errors else error
     smooth.smooth_(graph, layers, joint, smooth.alphas_of(wanted, joint, errors))
+    return seen
 
 
 class CoverageRow(NamedTuple):

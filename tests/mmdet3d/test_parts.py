@@ -72,32 +72,27 @@ def test_full_size_off_is_float_on_the_real_frame(build_model, raw_outputs):
         assert relative_error(got[name], expected[name]) < 1e-4, name
 
 
-SMOOTH = [(a, m) for m in ('static', 'dynamic') for a in (0.0, 0.25, 0.5, 0.75, 1.0)]
-
-
-def smoothed(raw_outputs, configs, points, alpha, mode):
-    """A float model and its smoothed counterpart with the quantizers off: relative error of the outputs."""
-    reference, model = configs
-    smoothquant = dict(alpha=alpha, mode=mode)
-    lifecycle.configure(model, Recipe.from_dict(dict(smoothquant=smoothquant)))
+def smoothed(raw_outputs, reference, model, points, alpha, mode):
+    """Smooths ``model`` and switches it off: relative error of its outputs against the float model's."""
+    lifecycle.configure(model, Recipe.from_dict(dict(smoothquant=dict(alpha=alpha, mode=mode))))
     load(model, reference)
     lifecycle.calibrate(model, [points], lambda frame: raw_outputs(model, frame))
     lifecycle.set_enabled(model, False)
     expected, got = raw_outputs(reference, points), raw_outputs(model, points)
-    return model, max(relative_error(got[name], expected[name]) for name in expected)
+    return max(relative_error(got[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize('alpha, mode', SMOOTH)
-def test_toy_off_is_float_after_smoothing(build_model, points, raw_outputs, alpha, mode):
-    configs = [build_model(c) for c in TOY]
-    model, error = smoothed(raw_outputs, configs, points, alpha, mode)
-    assert error < 1e-4
-    rows = [r for r in lifecycle.coverage(model) if r.smoothquant]
-    assert len(rows) == 108
-    if mode == 'static':
-        # All but the first layer, which reads the points, have their scales in the layers before them:
-        # through residual blocks, the dense map of the voxels, the concatenation of the neck.
-        assert [r.name for r in rows if r.smoothquant['explicit']] == ['pts_middle_encoder.conv_input.0']
+@pytest.mark.parametrize('mode', ['static', 'dynamic'])
+def test_toy_off_is_float_after_smoothing(build_model, points, raw_outputs, mode):
+    reference, model = (build_model(c) for c in TOY)
+    for alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
+        assert smoothed(raw_outputs, reference, model, points, alpha, mode) < 1e-4
+        rows = [r for r in lifecycle.coverage(model) if r.smoothquant]
+        assert len(rows) == 108
+        if mode == 'static':
+            # All but the first layer, which reads the points, have their scales in the layers before them:
+            # through residual blocks, the dense map of the voxels, the concatenation of the neck.
+            assert [r.name for r in rows if r.smoothquant['explicit']] == ['pts_middle_encoder.conv_input.0']
 
 
 @pytest.mark.slow
@@ -105,9 +100,8 @@ def test_toy_off_is_float_after_smoothing(build_model, points, raw_outputs, alph
 @pytest.mark.parametrize('alpha, mode', [(0.5, 'static'), (1.0, 'dynamic')])
 def test_full_size_off_is_float_after_smoothing(build_model, raw_outputs, alpha, mode):
     points = torch.from_numpy(np.fromfile(FRAME[0], np.float32).reshape(-1, 5))
-    configs = [build_model(FULL_BASE, **FLOAT_TYPES), build_model(FULL_BASE)]
-    _, error = smoothed(raw_outputs, configs, points, alpha, mode)
-    assert error < 1e-4
+    reference, model = build_model(FULL_BASE, **FLOAT_TYPES), build_model(FULL_BASE)
+    assert smoothed(raw_outputs, reference, model, points, alpha, mode) < 1e-4
 
 
 def test_int8_differs_from_float_but_not_much(build_model, points, raw_outputs):

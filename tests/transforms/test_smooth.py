@@ -590,6 +590,16 @@ def test_batches_that_can_be_read_once_are_refused():
     with pytest.raises(Q3DError, match='can be read once; SmoothQuant reads the batches twice'):
         lifecycle.calibrate(model, iter(batches), model)
 
+    class Hidden:
+        def __init__(self):
+            self.rest = iter(batches)
+
+        def __iter__(self):
+            yield from self.rest
+
+    with pytest.raises(Q3DError, match='Hidden was given, which can be read once'):
+        lifecycle.calibrate(model, Hidden(), model)
+
 
 def test_nan_in_an_input_is_named():
     _, model, batches = made('chain', dict(alpha=0.5))
