@@ -50,6 +50,7 @@ class Quantizer(TensorQuantizer):
         spec: As given.
         owners: Names of the layers that share it.
         observer: Statistics, while :attr:`observing`.
+        used: Whether it was called since this was last set to False, switched off or not.
 
     Shape:
         - Input: any floating point tensor. Output: the same shape and dtype.
@@ -72,6 +73,7 @@ class Quantizer(TensorQuantizer):
         self.owners = []
         self.observer: Optional[MagnitudeHistogram] = None
         self.finite = True
+        self.used = False
         self._memo = None
         shape = () if channels is None else (channels,)
         self.register_buffer('_amax', torch.zeros(shape))
@@ -140,6 +142,7 @@ class Quantizer(TensorQuantizer):
         Raises:
             Q3DError: It was never calibrated.
         """
+        self.used = True
         if self._disabled or inputs.numel() == 0:
             return inputs
         if self.observer is not None:

@@ -2,6 +2,6 @@
 
 from q3d_plugin.calibration.observer import MagnitudeHistogram
 from q3d_plugin.calibration.ranges import compute_ranges
-from q3d_plugin.calibration.run import collect
+from q3d_plugin.calibration.run import any_of_ranks, collect
 
-__all__ = ['MagnitudeHistogram', 'collect', 'compute_ranges']
+__all__ = ['MagnitudeHistogram', 'any_of_ranks', 'collect', 'compute_ranges']

@@ -10,7 +10,7 @@ from torch import nn
 from q3d_plugin.calibration.observer import MagnitudeHistogram
 from q3d_plugin.errors import Q3DError
 
-__all__ = ['collect', 'merge_ranks']
+__all__ = ['any_of_ranks', 'collect', 'merge_ranks']
 
 
 def collect(
@@ -69,6 +69,11 @@ def _from_all_ranks(value) -> List:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def any_of_ranks(flags: List[bool]) -> List[bool]:
+    """For each flag whether it is set on any rank; every rank gives as many."""
+    return [any(column) for column in zip(*_from_all_ranks(flags))]
 
 
 def merge_ranks(quantizers: List) -> None:

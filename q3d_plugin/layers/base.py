@@ -10,10 +10,20 @@ from q3d_plugin import numerics
 from q3d_plugin.quantizer import Quantizer
 from q3d_plugin.recipe import LayerPlan
 
-__all__ = ['InputGroup', 'QuantUnit', 'QuantWeightLayer', 'REGISTRY', 'converted', 'register', 'why_not']
+__all__ = [
+    'InputGroup',
+    'QuantUnit',
+    'QuantWeightLayer',
+    'REGISTRY',
+    'converted',
+    'is_converted',
+    'register',
+    'why_not',
+]
 
-REGISTRY: Dict[Type[nn.Module], Type['QuantWeightLayer']] = {}
-"""Float class -> quantized class."""
+REGISTRY: Dict[Type[nn.Module], Type[nn.Module]] = {}
+"""Float class -> quantized class: a :class:`QuantWeightLayer`, or a module whose weights such layers below it
+read."""
 
 # Wrappers whose forward differs from their parent's only in how it treats empty input under old versions of
 # torch.
@@ -101,6 +111,10 @@ class QuantWeightLayer(QuantUnit):
     weight_axis = 0
     """Axis of the weight's output channels, where the layout has one such axis."""
 
+    def _init_unit(self) -> None:
+        super()._init_unit()
+        self.weight_quantizer = None
+
     def output_first(self, weight: Tensor) -> Tensor:
         """The weight as (out, everything else); gradients pass."""
         return weight.transpose(0, self.weight_axis) if self.weight_axis else weight
@@ -164,6 +178,11 @@ def _base_of(cls: Type[nn.Module]) -> Tuple[Optional[Type[nn.Module]], str]:
     return None, 'no quantized version of this type'
 
 
+def is_converted(module: nn.Module) -> bool:
+    """Whether ``module`` is a quantized layer, or one that :func:`converted` made of several."""
+    return isinstance(module, (QuantUnit, *REGISTRY.values()))
+
+
 def why_not(module: nn.Module) -> str:
     """Why ``module`` can't be converted; empty where it can."""
     return _base_of(type(module))[1]
@@ -185,7 +204,7 @@ def converted(module: nn.Module) -> nn.Module:
         nn.Module: ``module``.
     """
     cls = type(module)
-    if isinstance(module, QuantUnit):
+    if is_converted(module):
         return module
     base, reason = _base_of(cls)
     if base is None:
@@ -198,5 +217,4 @@ def converted(module: nn.Module) -> nn.Module:
         quant = _made[key]
     module.__class__ = quant
     module._init_unit()
-    module.weight_quantizer = None
     return module
