@@ -51,6 +51,7 @@ class Quantizer(TensorQuantizer):
         owners: Names of the layers that share it.
         observer: Statistics, while :attr:`observing`.
         seen: What the last calibration saw, compact and in plain data; None before one.
+        used: Whether it was called since this was last set to False, switched off or not.
 
     Shape:
         - Input: any floating point tensor. Output: the same shape and dtype.
@@ -74,6 +75,7 @@ class Quantizer(TensorQuantizer):
         self.observer: Optional[MagnitudeHistogram] = None
         self.seen: Optional[Dict] = None
         self.finite = True
+        self.used = False
         self._memo = None
         shape = () if channels is None else (channels,)
         self.register_buffer('_amax', torch.zeros(shape))
@@ -147,6 +149,7 @@ class Quantizer(TensorQuantizer):
         Raises:
             Q3DError: It was never calibrated.
         """
+        self.used = True
         if self._disabled or inputs.numel() == 0:
             return inputs
         if self.observer is not None:
