@@ -1,4 +1,4 @@
-"""A loaded detector to experiment with, the same for both frameworks: the door that the analysis goes through.
+"""A loaded detector to experiment with, the same for both frameworks: the door of the analysis.
 
 :func:`open_bench` gives a :class:`Bench` for a config and a checkpoint. What is behind it is written once for
 each framework, in ``mmdet3d/bench.py`` and ``openpcdet/bench.py``.

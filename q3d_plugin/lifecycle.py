@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from q3d_plugin import __version__
 from q3d_plugin.calibration import (
     InputStatistics,
+    any_of_ranks,
     collect,
     compute_ranges,
     evaluating,
@@ -29,7 +30,7 @@ from q3d_plugin.calibration import (
     from_all_ranks,
 )
 from q3d_plugin.errors import Q3DError, near_matches
-from q3d_plugin.layers import REGISTRY, QuantUnit, QuantWeightLayer, why_not
+from q3d_plugin.layers import REGISTRY, QuantUnit, QuantWeightLayer, is_converted, why_not
 from q3d_plugin.quantizer import Mode, Quantizer
 from q3d_plugin.recipe import Recipe, differences
 from q3d_plugin.transforms import smooth
@@ -56,12 +57,14 @@ __all__ = [
     'units',
     'with_progress',
     'write_coverage',
+    'write_run',
     'write_text',
 ]
 
 META_KEY = 'q3d'
 """Where a checkpoint's ``meta`` holds the recipe."""
 
+_NO_DATA = 'saw no data during calibration'
 _logger = logging.getLogger(__name__)
 
 _ONCE = (
@@ -162,6 +165,7 @@ def calibrate(
     # Statistics are those of the float model: weights are let through while they are taken.
     for quantizer in weights:
         quantizer.disable()
+        quantizer.used = False
     try:
         seen = collect(model, batches, forward, activations, names)
     finally:
@@ -172,14 +176,18 @@ def calibrate(
     if seen == 0:
         raise Q3DError('calibration: there is not one frame to calibrate on')
     empty = set(compute_ranges(activations))
+    # A layer whose weight is read by other code, past its forward, has no quantizer in the way of anything.
+    unused = {q for q, used in zip(weights, any_of_ranks([q.used for q in weights])) if not used}
     left = []
     for name, unit in units(model):
-        if unit.input_quantizer in empty:
-            unit.float_reason = 'saw no data during calibration'
+        weight = getattr(unit, 'weight_quantizer', None)
+        idle = unit.input_quantizer in empty or weight in unused
+        if idle:
+            unit.float_reason = _NO_DATA
             left.append(name)
-        if isinstance(unit, QuantWeightLayer) and unit.weight_quantizer is not None:
-            if unit.input_quantizer in empty:
-                unit.weight_quantizer.leave_float()
+        if weight is not None:
+            if idle:
+                weight.leave_float()
             else:
                 unit.calibrate_weight()
     if left:
@@ -214,7 +222,7 @@ def _smooth(
         return 0
     if iter(batches) is batches:
         raise Q3DError(_ONCE.format(type(batches).__name__))
-    searched = [name for name, layer in wanted.items() if layer.smooth_spec.alpha == 'search']
+    searched = [n for n, unit in wanted.items() if unit.smooth_spec.alpha == 'search' and unit.searchable]
     graph, statistics = ChannelGraph(layers), InputStatistics(layers, searched)
     first: Dict[str, Any] = {}
 
@@ -293,6 +301,15 @@ def _describe(quantizer: Optional[Quantizer], disabled_word: str = '') -> str:
     ) + f'{bits} amax {quantizer._amax.item():.4g}'
 
 
+def _own_weights(module: nn.Module) -> List[Tensor]:
+    """The weights that ``module`` itself holds: ``weight``, and matrices such as ``in_proj_weight``."""
+    return [
+        p
+        for name, p in module._parameters.items()
+        if p is not None and (name == 'weight' or ('weight' in name and p.dim() > 1))
+    ]
+
+
 def coverage(model: nn.Module) -> List[CoverageRow]:
     """One row for every layer with a weight, addition and concatenation: quantized how, or why not.
 
@@ -305,9 +322,12 @@ def coverage(model: nn.Module) -> List[CoverageRow]:
             quantizer = module.input_quantizer
             shared = first_owner.setdefault(id(quantizer), name) if quantizer is not None else name
             weight = _describe(getattr(module, 'weight_quantizer', None))
-            activation = _describe(quantizer)
+            # The layer never ran, though another one may read the tensor that its input quantizer is for.
+            idle = getattr(getattr(module, 'weight_quantizer', None), 'mode', None) is Mode.FLOAT
+            activation = '' if idle else _describe(quantizer)
             off = any(q._disabled for q in module.quantizers())
-            note = module.float_reason or ('switched off' if off and not (weight or activation) else '')
+            note = module.float_reason or (_NO_DATA if idle else '')
+            note = note or ('switched off' if off and not (weight or activation) else '')
             smoothed, words = _smoothing_of(module)
             note = '; '.join(part for part in (note, words) if part)
             shared = '' if shared == name else shared
@@ -318,7 +338,7 @@ def coverage(model: nn.Module) -> List[CoverageRow]:
             rows.append(
                 CoverageRow(name, type(module).__name__, '', '', '', 'no layer before it to fold into')
             )
-        elif 'weight' in module._parameters and module._parameters['weight'] is not None:
+        elif not is_converted(module) and _own_weights(module):
             reason = why_not(module) or 'its part of the model has no Quant type'
             rows.append(CoverageRow(name, type(module).__name__, '', '', '', reason))
     return rows
@@ -532,6 +552,46 @@ def write_text(path: str, text: str) -> None:
 def write_coverage(rows: List[CoverageRow], path: str) -> None:
     """Writes the coverage table as JSON: a list of dictionaries."""
     write_text(path, json.dumps([{**row._asdict(), 'quantized': row.quantized} for row in rows], indent=1))
+
+
+def histograms(model: nn.Module) -> List[Dict[str, Any]]:
+    """What calibration saw of every distinct input, compact: one dictionary for each activation quantizer.
+
+    Args:
+        model: Calibrated here; quantizers of a checkpoint have seen nothing.
+    """
+    rows = []
+    for quantizer in quantizers(model):
+        if quantizer.per_channel or quantizer.seen is None:
+            continue
+        ranged = quantizer.mode in (Mode.SIGNED, Mode.UNSIGNED)
+        rows.append(
+            {
+                'name': quantizer.owners[0] if quantizer.owners else quantizer.name,
+                'owners': list(quantizer.owners),
+                'bits': quantizer.num_bits,
+                'unsigned': quantizer.mode is Mode.UNSIGNED,
+                'amax': quantizer._amax.item() if ranged else None,
+                **quantizer.seen,
+            }
+        )
+    return rows
+
+
+def write_run(folder: str, model: nn.Module, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Writes what ``tools/report.py`` shows of a run: run.json, coverage.json and histograms.json.
+
+    Args:
+        folder: Of the run.
+        model: Configured, and calibrated unless the recipe's mode is float.
+        recipe: Of the run.
+        facts: Framework, config, checkpoint, data set, in plain data.
+    """
+    write_text(os.path.join(folder, 'run.json'), json.dumps({**facts, **stamp(recipe)}, indent=1))
+    write_coverage(coverage(model), os.path.join(folder, 'coverage.json'))
+    rows = histograms(model)
+    if rows:
+        write_text(os.path.join(folder, 'histograms.json'), json.dumps(rows))
 
 
 class _Progress:

@@ -9,7 +9,7 @@ signedness can be decided by calibration, statistics go to a
 
 import enum
 import weakref
-from typing import Optional, Tuple, Union
+from typing import Dict, Optional, Tuple, Union
 
 import torch
 from pytorch_quantization.nn import TensorQuantizer
@@ -50,6 +50,8 @@ class Quantizer(TensorQuantizer):
         spec: As given.
         owners: Names of the layers that share it.
         observer: Statistics, while :attr:`observing`.
+        seen: What the last calibration saw, compact and in plain data; None before one.
+        used: Whether it was called since this was last set to False, switched off or not.
 
     Shape:
         - Input: any floating point tensor. Output: the same shape and dtype.
@@ -71,7 +73,9 @@ class Quantizer(TensorQuantizer):
         self.name = name
         self.owners = []
         self.observer: Optional[MagnitudeHistogram] = None
+        self.seen: Optional[Dict] = None
         self.finite = True
+        self.used = False
         self._memo = None
         shape = () if channels is None else (channels,)
         self.register_buffer('_amax', torch.zeros(shape))
@@ -121,13 +125,17 @@ class Quantizer(TensorQuantizer):
         """
         self._amax.copy_(amax.to(self._amax).reshape(self._amax.shape))
         self.mode = Mode.UNSIGNED if unsigned else Mode.SIGNED
-        self._memo = None
-        self.observer = None
+        self._end_observing()
 
     def leave_float(self) -> None:
         """From now on lets its input through."""
         self.mode = Mode.FLOAT
+        self._end_observing()
+
+    def _end_observing(self) -> None:
         self._memo = None
+        if self.observer is not None:
+            self.seen = self.observer.compact()
         self.observer = None
 
     def forward(self, inputs: Tensor, inplace: bool = False, amax: Optional[Tensor] = None) -> Tensor:
@@ -141,6 +149,7 @@ class Quantizer(TensorQuantizer):
         Raises:
             Q3DError: It was never calibrated.
         """
+        self.used = True
         if self._disabled or inputs.numel() == 0:
             return inputs
         if self.observer is not None:

@@ -23,6 +23,7 @@ import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any, Dict, List, Optional  # noqa: E402
 
+from q3d_plugin import lifecycle  # noqa: E402
 from q3d_plugin.analysis import charts, command, files, sensitivity  # noqa: E402
 from q3d_plugin.analysis.replay import Replay  # noqa: E402
 from q3d_plugin.bench import Bench, file_hash, open_bench  # noqa: E402
@@ -67,6 +68,12 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument(
         '--candidates', type=int, default=8, help='layers tried for each place of the list (default: 8)'
     )
+    parser.add_argument(
+        '--trial-frames',
+        type=int,
+        default=1,
+        help='frames that the choice among them is made on (default: 1)',
+    )
     parser.add_argument('--no-skip-list', action='store_true', help='only the table')
     parser.add_argument(
         '--treat',
@@ -75,7 +82,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
         help='listed layers stay float, or are quantized without SmoothQuant (default: float)',
     )
     args = parser.parse_args(argv)
-    command.at_least(args, 1, 'frames', 'calibration_frames', 'max_skipped', 'candidates')
+    command.at_least(args, 1, 'frames', 'calibration_frames', 'max_skipped', 'candidates', 'trial_frames')
     command.at_least(args, 0, 'keep_output_error', 'seed')
     return args
 
@@ -92,7 +99,7 @@ def chosen_recipe(recipe: Recipe, args: argparse.Namespace) -> Recipe:
         plain['calibration']['frames'] = args.calibration_frames
     if args.treat == 'standard' and not plain.get('smoothquant'):
         raise Q3DError(
-            "--treat: 'standard' takes SmoothQuant from the listed layers, and the recipe has no smoothquant; "
+            "--treat: 'standard' takes SmoothQuant from listed layers, and the recipe has no smoothquant; "
             "'float' would work"
         )
     return Recipe.from_dict(plain)
@@ -141,7 +148,7 @@ def standard_list(
     """
     switch = sensitivity.Switch(bench.model)
     references = sensitivity.float_outputs(switch, bench.forward, batches)
-    units = dict(sensitivity.lifecycle.units(bench.model))
+    units = dict(lifecycle.units(bench.model))
     smoothed = [r.name for r in rows if isinstance(units[r.name], QuantWeightLayer)]
     smoothed = [n for n in smoothed if recipe.plan(n).smooth is not None]
     out = sensitivity.SkipList(budget=args.keep_output_error)
@@ -212,7 +219,7 @@ def run(argv: Optional[List[str]] = None) -> int:
     if not switch.names:
         raise Q3DError('nothing of the model is quantized: there is nothing to measure')
     notes = {name: 'NaN or Inf came to it in calibration: left float' for name in came_bad}
-    units = dict(sensitivity.lifecycle.units(bench.model))
+    units = dict(lifecycle.units(bench.model))
     kinds = {name: unit.kind for name, unit in units.items() if name in switch.names or name in notes}
     variants = {name: [name] for name in switch.names}
     if args.group:
@@ -253,7 +260,14 @@ def run(argv: Optional[List[str]] = None) -> int:
         if args.treat == 'float':
             ranking = [r.name for r in rows if r.name in switch.names]
             found = sensitivity.choose_skips(
-                switch, replay, batches, ranking, args.keep_output_error, args.max_skipped, args.candidates
+                switch,
+                replay,
+                batches,
+                ranking,
+                args.keep_output_error,
+                args.max_skipped,
+                args.candidates,
+                args.trial_frames,
             )
         else:
             found = standard_list(bench, recipe, rows, batches, args)

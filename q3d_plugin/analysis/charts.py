@@ -71,6 +71,7 @@ def skip_curve(errors: Sequence[float], budget: float) -> bytes:
     axes.plot(range(len(errors)), errors, marker='o', color='#b2182b')
     axes.axhline(budget, color='grey', linestyle='--', linewidth=1)
     axes.text(0, budget, ' budget', va='bottom', fontsize=8, color='grey')
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel('layers left float')
     axes.set_ylabel('relative L1 of the outputs')
     axes.set_ylim(bottom=0)
@@ -100,6 +101,11 @@ def heat_map(
             if not math.isnan(value):
                 colour = 'black' if value > middle else 'white'
                 axes.text(x, y, f'{value:.4f}', ha='center', va='center', fontsize=8, color=colour)
+    key, equals, _ = columns[0].partition('=')
+    if equals and all(c.startswith(f'{key}=') for c in columns):
+        # The key stands once, below the values.
+        columns = [c[len(key) + 1 :] for c in columns]
+        axes.set_xlabel(key, fontsize=8)
     axes.set_xticks(range(len(columns)), columns, fontsize=8, rotation=20 if len(columns) > 4 else 0)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.set_title(title, fontsize=10)

@@ -76,7 +76,7 @@ class ErrorSums:
 
     @property
     def relative_l1(self) -> Optional[float]:
-        """Sum of ``|a - r|`` over that of ``|r|``; None where the reference is zero or nothing was compared."""
+        """Sum of ``|a - r|`` over that of ``|r|``; None where the reference is zero or there is none."""
         if self.reference_l1 > 0:
             return self.l1_sum / self.reference_l1
         return 0.0 if self.elements and self.l1_sum == 0 else None

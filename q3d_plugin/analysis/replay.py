@@ -1,8 +1,8 @@
 """Forward passes that compute again only what depends on a changed layer.
 
-A pass is recorded once: what every module was given, and what it returned. In a replay a module returns what
-it returned before where it is given the very same tensors and nothing below it has changed. So a changed layer
-of one branch of a head costs that branch, and one of the neck costs neck and head.
+A pass is recorded once: what every module was given, and what it returned. In a replay a module returns
+what it returned before where it is given the very same tensors and nothing below it has changed. So a changed
+layer of one branch of a head costs that branch, and one of the neck costs neck and head.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -112,7 +112,7 @@ class Replay:
         """Watches the modules of the model while the context lasts."""
         watched, rectified = [], []
         inside: Set[nn.Module] = set()
-        for name, module in self.model.named_modules():
+        for module in self.model.modules():
             if isinstance(module, QuantUnit):
                 # Its quantizers are part of it.
                 inside.update(m for m in module.modules() if m is not module)

@@ -1,7 +1,7 @@
 """What each quantized layer costs: its own error, its effect on the detector's outputs, and a skip list.
 
-The measures are those of the study and of common practice: L1, relative L1, SQNR and cosine of a layer's output
-against float, and the L1 of the detector's raw outputs with that layer quantized alone.
+The measures are those of the study and of common practice: L1, relative L1, SQNR and cosine of a layer's
+output against float, and the L1 of the detector's raw outputs with that layer quantized alone.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +28,7 @@ __all__ = [
     'Switch',
     'calibrate',
     'choose_skips',
+    'float_outputs',
     'groups_of',
     'local_errors',
     'output_errors',
@@ -41,8 +42,8 @@ _FORWARD = Callable[[Any], Dict[str, Tensor]]
 class Switch:
     """Says which units of a calibrated model quantize; the others compute in float.
 
-    Layers that read one tensor share a quantizer, so a quantizer cannot be switched for one of them. A unit is
-    made float by taking its quantizers from it, and gets the same ones back.
+    Layers that read one tensor share a quantizer, so a quantizer cannot be switched for one of them. A unit
+    is made float by taking its quantizers from it, and gets the same ones back.
 
     Args:
         model: Calibrated.
@@ -361,7 +362,7 @@ def groups_of(names: Sequence[str], group: str) -> Dict[str, List[str]]:
         out[pattern] = members
     if not out:
         raise Q3DError(
-            f"--group: {group!r} was given; a depth such as 1 or patterns such as 'pts_backbone,*head*' would work"
+            f"--group: {group!r} was given; a depth such as 1, or patterns such as '*neck*,*head*' would work"
         )
     return out
 
@@ -371,7 +372,7 @@ class SkipList:
     """Layers to leave float, and the error that remains.
 
     Attributes:
-        names: In the order in which they were chosen.
+        names: The most harmful first.
         errors: Relative L1 of the raw outputs with the first 0, 1, 2, ... of them float.
         budget: What the error had to come down to.
         kept: Whether it did.
@@ -400,14 +401,16 @@ def choose_skips(
     budget: float,
     most: int,
     candidates: int = 8,
+    trial_frames: int = 1,
     progress: bool = True,
 ) -> SkipList:
     """Chooses layers to leave float until the error of the outputs is within a budget, as few as it can.
 
-    Layers mend and spoil each other's errors, so a list cut from the ranking is longer than it has to be. Here
-    everything but the list is quantized, and the layer that joins the list is, of the next ``candidates`` in
-    the ranking, the one without which the remaining error is least. In the end each chosen layer is tried
-    quantized again, and stays so where the budget is still kept.
+    Layers hide and mend each other's errors: while one of two layers in a row spoils everything, leaving the
+    other one float changes nothing, so a list cannot be grown by what the next layer improves. It is made too
+    long first (the shortest head of the ranking that keeps the budget, by bisection) and then given back
+    layer by layer, each time the one that, quantized again, does least harm. The choice is made on the first
+    frames; whether the budget is kept is measured on all of them.
 
     Args:
         switch: Of the model.
@@ -416,47 +419,69 @@ def choose_skips(
         ranking: Names, the most harmful first.
         budget: Relative L1 of the raw outputs.
         most: The longest list.
-        candidates: How many to try at each step; 1 takes the ranking as it is.
+        candidates: While the list is too long, how many of its least harmful layers are tried at each step.
+        trial_frames: How many frames the choice among them is made on.
         progress: Whether to show a progress bar.
     """
     everything = set(switch.names)
     references = float_outputs(switch, replay.forward, batches)
-    out = SkipList(budget=budget)
+    measured: Dict[Collection[str], OutputError] = {}
 
-    def measure(variants: Mapping[str, Collection[str]], base: Collection[str]):
-        return output_errors(switch, replay, batches, variants, base, references)
+    def error_of(names: Sequence[str]) -> OutputError:
+        key = frozenset(names)
+        if key not in measured:
+            quantized = everything.difference(key)
+            measured[key] = _output_error(switch, replay.forward, batches, quantized, references)
+        bar.set_postfix(float=len(key), error=measured[key].relative_l1)
+        bar.update()
+        return measured[key]
 
-    _, error = measure({}, everything)
-    cost = _cost(error)
-    out.errors.append(error.relative_l1)
-    remaining = list(ranking)
-    with tqdm(total=most, desc='skip list', unit='layer', disable=not progress) as bar:
-        while cost > (0, budget) and remaining and len(out.names) < most:
-            quantized = everything.difference(out.names)
-            tried = remaining[:candidates]
-            found, _ = measure({name: quantized - {name} for name in tried}, quantized)
-            best = min(tried, key=lambda name: _cost(found[name]))
-            cost = _cost(found[best])
-            out.names.append(best)
-            out.errors.append(found[best].relative_l1)
-            remaining.remove(best)
-            bar.set_postfix(error=out.errors[-1])
+    def kept(names: Sequence[str]) -> bool:
+        return _cost(error_of(names)) <= (0, budget)
+
+    def given_back(names: List[str], tried: Sequence[str]) -> List[str]:
+        """``names`` without the one of ``tried`` that does least harm when it is quantized."""
+        best = tried[0]
+        if len(tried) > 1:
+            base = everything.difference(names)
+            variants = {n: base | {n} for n in tried}
+            found, _ = output_errors(switch, replay, batches[:trial_frames], variants, base, references)
+            best = min(tried, key=lambda n: _cost(found[n]))
+        return [n for n in names if n != best]
+
+    with tqdm(desc='skip list', unit='pass', disable=not progress) as bar:
+        low, high = -1, 0
+        while high < len(ranking) and not kept(ranking[:high]):
+            low, high = high, min(max(1, 2 * high), len(ranking))
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if kept(ranking[:middle]) else (middle, high)
+        names = list(ranking[:high])
+        while len(names) > most:
+            names = given_back(names, names[-candidates:])
             bar.update()
-    out.kept = cost <= (0, budget)
-    if out.kept:
-        _prune(out, everything, measure)
-    return out
+        keeps = kept(names)
+        while keeps and names:
+            shorter = given_back(names, names)
+            if not kept(shorter):
+                break
+            names = shorter
+        errors = [error_of(names[:i]).relative_l1 for i in range(len(names) + 1)]
+    return SkipList(names=names, errors=errors, budget=budget, kept=keeps)
 
 
-def _prune(out: SkipList, everything: set, measure: Callable) -> None:
-    """Quantizes chosen layers again where the budget allows it."""
-    while len(out.names) > 1:
-        quantized = everything.difference(out.names)
-        # The last one was needed for the budget.
-        found, _ = measure({n: quantized | {n} for n in out.names[:-1]}, quantized)
-        best = min(found, key=lambda name: _cost(found[name]))
-        if _cost(found[best]) > (0, out.budget):
-            return
-        out.names.remove(best)
-        # The errors of the shorter lists are others now, all but that of the whole.
-        out.errors = [*out.errors[: len(out.names)], found[best].relative_l1]
+@torch.no_grad()
+def _output_error(
+    switch: Switch,
+    forward: _FORWARD,
+    batches: _BATCHES,
+    quantized: Collection[str],
+    references: Sequence[Mapping[str, Tensor]],
+) -> OutputError:
+    """Error of the raw outputs with these units quantized, by whole passes."""
+    error = OutputError()
+    with switch.restored():
+        switch.only(quantized)
+        for batch, reference in zip(batches, references):
+            error.add(reference, forward(batch))
+    return error

@@ -1,7 +1,7 @@
 """The statistics of one tensor over many frames: a histogram of magnitudes that grows and merges exactly."""
 
 import math
-from typing import Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -139,6 +139,25 @@ class MagnitudeHistogram:
         self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
         self.frames += other.frames
         self._keep(other.kept)
+
+    def compact(self, bins: int = 64) -> Dict[str, Any]:
+        """A small copy for pictures, in plain data.
+
+        Args:
+            bins: How many, over ``[0, top]``, where ``top`` is little above the largest magnitude.
+        """
+        out = {'counts': [], 'top': 0.0, 'minimum': 0.0, 'maximum': 0.0, 'frames': self.frames}
+        if self.counts is None:
+            return out
+        used = max(1, min(self.bins, math.ceil(self.amax / self.top * self.bins)))
+        group = math.ceil(used / bins)
+        counts = self.counts[: group * bins].cpu()
+        counts = torch.cat([counts, counts.new_zeros(group * bins - len(counts))]).reshape(-1, group).sum(1)
+        shown = math.ceil(used / group)
+        out['counts'] = [int(c) for c in counts[:shown]]
+        out['top'] = shown * group * self.top / self.bins
+        out['minimum'], out['maximum'] = self.minimum, self.maximum
+        return out
 
     def state(self) -> Tuple:
         """What :meth:`from_state` needs, in types that travel between processes."""

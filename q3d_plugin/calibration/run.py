@@ -11,7 +11,7 @@ from torch import nn
 from q3d_plugin.calibration.observer import MagnitudeHistogram
 from q3d_plugin.errors import Q3DError
 
-__all__ = ['collect', 'evaluating', 'feed', 'from_all_ranks', 'merge_ranks']
+__all__ = ['any_of_ranks', 'collect', 'evaluating', 'feed', 'from_all_ranks', 'merge_ranks']
 
 
 def collect(
@@ -103,6 +103,11 @@ def from_all_ranks(value: Any) -> List:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def any_of_ranks(flags: List[bool]) -> List[bool]:
+    """For each flag whether it is set on any rank; every rank gives as many."""
+    return [any(column) for column in zip(*from_all_ranks(flags))]
 
 
 def merge_ranks(quantizers: List) -> None:

@@ -13,10 +13,20 @@ from q3d_plugin import numerics
 from q3d_plugin.quantizer import Mode, Quantizer
 from q3d_plugin.recipe import LayerPlan, SmoothSpec
 
-__all__ = ['InputGroup', 'QuantUnit', 'QuantWeightLayer', 'REGISTRY', 'converted', 'register', 'why_not']
+__all__ = [
+    'InputGroup',
+    'QuantUnit',
+    'QuantWeightLayer',
+    'REGISTRY',
+    'converted',
+    'is_converted',
+    'register',
+    'why_not',
+]
 
-REGISTRY: Dict[Type[nn.Module], Type['QuantWeightLayer']] = {}
-"""Float class -> quantized class."""
+REGISTRY: Dict[Type[nn.Module], Type[nn.Module]] = {}
+"""Float class -> quantized class: a :class:`QuantWeightLayer`, or a module whose weights such layers below it
+read."""
 
 # Wrappers whose forward differs from their parent's only in how it treats empty input under old versions of
 # torch.
@@ -150,6 +160,10 @@ class QuantWeightLayer(QuantUnit):
     # smooth_scale (static), what the input is multiplied by; smooth_weight (dynamic), the largest magnitude
     # of the weight per input channel.
 
+    def _init_unit(self) -> None:
+        super()._init_unit()
+        self.weight_quantizer = None
+
     def output_first(self, weight: Tensor) -> Tensor:
         """The weight as (out, everything else); gradients pass."""
         return weight.transpose(0, self.weight_axis) if self.weight_axis else weight
@@ -185,6 +199,9 @@ class QuantWeightLayer(QuantUnit):
     def scale_input(self, weight: Tensor, factor: Tensor) -> Tensor:
         """``weight`` (in this layer's layout) with what input channel c meets multiplied by ``factor[c]``."""
         return weight * factor
+
+    searchable = True
+    """Whether :meth:`rows_of` is there, so that an alpha can be searched for."""
 
     def rows_of(self, x: Any, out: Any, places: Tensor) -> Tensor:
         """What some outputs are computed from.
@@ -335,6 +352,11 @@ def _base_of(cls: Type[nn.Module]) -> Tuple[Optional[Type[nn.Module]], str]:
     return None, 'no quantized version of this type'
 
 
+def is_converted(module: nn.Module) -> bool:
+    """Whether ``module`` is a quantized layer, or one that :func:`converted` made of several."""
+    return isinstance(module, (QuantUnit, *REGISTRY.values()))
+
+
 def why_not(module: nn.Module) -> str:
     """Why ``module`` can't be converted; empty where it can."""
     return _base_of(type(module))[1]
@@ -356,7 +378,7 @@ def converted(module: nn.Module) -> nn.Module:
         nn.Module: ``module``.
     """
     cls = type(module)
-    if isinstance(module, QuantUnit):
+    if is_converted(module):
         return module
     base, reason = _base_of(cls)
     if base is None:
@@ -369,5 +391,4 @@ def converted(module: nn.Module) -> nn.Module:
         quant = _made[key]
     module.__class__ = quant
     module._init_unit()
-    module.weight_quantizer = None
     return module

@@ -101,6 +101,10 @@ class QuantHook(Hook):
             runner (Runner): The runner of the testing process.
         """
         self._ensure_calibrated(runner)
+        for metric in runner.test_loop.evaluator.metrics:
+            # MMDetection3D throws nuScenes detections away unless told where to keep them.
+            if getattr(metric, 'jsonfile_prefix', '') is None:
+                metric.jsonfile_prefix = os.path.join(runner.log_dir, 'predictions')
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Adds the recipe to a training checkpoint, so that it is recognised as quantized.
@@ -151,7 +155,20 @@ class QuantHook(Hook):
         rows = lifecycle.coverage(model)
         runner.logger.info('QuantHook: coverage\n' + lifecycle.coverage_table(rows))
         if is_main_process():
-            lifecycle.write_coverage(rows, os.path.join(runner.log_dir, 'coverage.json'))
+            lifecycle.write_run(runner.log_dir, model, self.recipe, _facts(runner))
+
+
+def _facts(runner) -> Dict:
+    """What the record of a run says beside the recipe."""
+    dataset = (runner.cfg.get('test_dataloader') or {}).get('dataset') or {}
+    root = dataset.get('data_root')
+    return {
+        'framework': 'mmdet3d',
+        'config': runner.cfg.filename,
+        'checkpoint': runner._load_from and str(runner._load_from),
+        'data_root': root and os.path.abspath(root),
+        'dataset_version': (dataset.get('metainfo') or {}).get('version', 'v1.0-trainval'),
+    }
 
 
 def _plain(value):

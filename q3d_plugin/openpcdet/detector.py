@@ -253,7 +253,14 @@ class QuantDetectorMixin:
         self._q3d_logger.info('QuantDetector: coverage\n' + lifecycle.coverage_table(rows))
         folder = _folder_of(self._q3d_logger)
         if folder is not None and rank_and_world()[0] == 0:
-            lifecycle.write_coverage(rows, os.path.join(folder, 'coverage.json'))
+            dataset = self.dataset
+            facts = {
+                'framework': 'openpcdet',
+                'checkpoint': self._q3d_source,
+                'data_root': str(Path(getattr(dataset, 'root_path', '.')).absolute()),
+                'dataset_version': dataset.dataset_cfg.get('VERSION'),
+            }
+            lifecycle.write_run(folder, self, self.quant_recipe, facts)
 
 
 def _folder_of(logger: logging.Logger) -> Optional[str]:

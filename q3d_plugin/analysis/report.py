@@ -1,0 +1,335 @@
+"""One HTML page of a run. It holds everything inside itself and opens without a network."""
+
+import base64
+import html
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from q3d_plugin.analysis import charts, files
+from q3d_plugin.analysis.nuscenes import RINGS, Detections, ap_by_distance, frame_from_above
+from q3d_plugin.analysis.sweep import heat_map_of
+from q3d_plugin.errors import Q3DError
+
+__all__ = ['Run', 'build', 'find_run', 'metrics_of']
+
+_STYLE = """
+body{font:14px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1080px;padding:0 1em;color:#222}
+h1{font-size:1.6em}h2{margin-top:2em;border-bottom:1px solid #ccc}
+table{border-collapse:collapse;font-size:13px}
+td,th{padding:2px 9px;border-bottom:1px solid #e4e4e4;text-align:left}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}pre{background:#f5f5f5;padding:.8em;overflow:auto}
+.missing{color:#777;font-style:italic}.off{color:#b2182b}img{max-width:100%}details{margin:.5em 0}
+.bar{background:#92c5de;height:9px;display:inline-block}.tiles{display:flex;flex-wrap:wrap;gap:10px}
+.tile{width:196px;font-size:11px;overflow-wrap:anywhere}svg{background:#f7f7f7}.scroll{max-height:32em;overflow:auto}
+"""
+
+
+class _Html(str):
+    """Text that is HTML already; all other text is escaped."""
+
+
+class Run:
+    """The files of a run that were found; each is None where it is not there (yet).
+
+    Attributes:
+        folder: Of the run.
+        run: ``run.json``: recipe, framework, checkpoint and data set.
+        coverage: Rows of ``coverage.json``.
+        histograms: Rows of ``histograms.json``.
+        metrics: mAP, NDS and AP by class.
+        float_metrics: The same of the float model.
+        results: Path of ``results_nusc.json``.
+        sensitivity: ``sensitivity.json``.
+        sweep: ``sweep.json``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run: Optional[Dict[str, Any]] = None
+        self.coverage: Optional[List[Dict[str, Any]]] = None
+        self.histograms: Optional[List[Dict[str, Any]]] = None
+        self.metrics: Optional[Dict[str, Any]] = None
+        self.float_metrics: Optional[Dict[str, Any]] = None
+        self.results: Optional[Path] = None
+        self.sensitivity: Optional[Dict[str, Any]] = None
+        self.sweep: Optional[Dict[str, Any]] = None
+
+
+def _newest(folder: Path, name: str) -> Optional[Path]:
+    found = [folder] if folder.is_file() and folder.match(name) else list(folder.rglob(name))
+    return max(found, key=lambda p: p.stat().st_mtime, default=None)
+
+
+def metrics_of(folder: Path) -> Optional[Dict[str, Any]]:
+    """mAP, NDS and AP by class of the newest evaluation below a folder; None where there is none.
+
+    Args:
+        folder: Of a run: the summary of the nuScenes devkit, else the JSON of MMDetection3D's test script.
+    """
+    summary = _newest(folder, 'metrics_summary.json')
+    if summary is not None:
+        found = files.read_json(summary, 'metrics')
+        return {'mAP': found['mean_ap'], 'NDS': found['nd_score'], 'AP': found['mean_dist_aps']}
+    for path in sorted(folder.rglob('*.json'), key=lambda p: p.stat().st_mtime, reverse=True):
+        if path.stem != path.parent.name:
+            continue
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            continue
+        short = {k.rsplit('/', 1)[-1]: v for k, v in found.items()} if isinstance(found, Mapping) else {}
+        if 'mAP' in short:
+            groups: Dict[str, List[float]] = {}
+            for key, value in short.items():
+                if '_AP_dist_' in key:
+                    groups.setdefault(key.split('_AP_dist_')[0], []).append(value)
+            per_class = {c: sum(v) / len(v) for c, v in groups.items()}
+            return {'mAP': short['mAP'], 'NDS': short.get('NDS'), 'AP': per_class}
+    return None
+
+
+def find_run(
+    folder: Path,
+    float_run: Optional[Path] = None,
+    sensitivity: Optional[Path] = None,
+    sweep: Optional[Path] = None,
+) -> Run:
+    """Everything there is of a run.
+
+    Args:
+        folder: Of the run; where it has several of a file, the newest one counts.
+        float_run: Of the run of the float model.
+        sensitivity: Folder of the results of ``tools/sensitivity.py``; ``folder`` where None.
+        sweep: Folder of the results of ``tools/sweep.py``; ``folder`` where None.
+
+    Raises:
+        Q3DError: A folder is missing, or a file cannot be read.
+    """
+    for path in filter(None, (folder, float_run, sensitivity, sweep)):
+        if not path.exists():
+            raise Q3DError(f'report: {str(path)!r} is not there')
+    out = Run(folder)
+
+    def load(name: str, where: Path) -> Any:
+        path = _newest(where, name)
+        return None if path is None else files.read_json(path, 'report')
+
+    out.run = load('run.json', folder)
+    out.coverage = load('coverage.json', folder)
+    out.histograms = load('histograms.json', folder)
+    out.sensitivity = load('sensitivity.json', sensitivity or folder)
+    out.sweep = load('sweep.json', sweep or folder)
+    out.results = _newest(folder, 'results_nusc.json')
+    out.metrics = metrics_of(folder)
+    if float_run is not None:
+        out.float_metrics = metrics_of(float_run)
+    elif out.sweep and (out.sweep.get('float') or {}).get('mAP') is not None:
+        out.float_metrics = out.sweep['float']
+    return out
+
+
+def _text(value: Any, digits: int = 4) -> str:
+    if value is None:
+        return '–'
+    return f'{value:.{digits}f}' if isinstance(value, float) else html.escape(str(value))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], numbers: int = 0) -> str:
+    """A table whose last ``numbers`` columns are numbers."""
+
+    def cell(value: Any, i: int, tag: str) -> str:
+        mark = ' class="n"' if i >= len(header) - numbers else ''
+        text = value if isinstance(value, _Html) else _text(value)
+        return f'<{tag}{mark}>{text}</{tag}>'
+
+    lines = [f'<tr>{"".join(cell(h, i, "th") for i, h in enumerate(header))}</tr>']
+    lines += [f'<tr>{"".join(cell(v, i, "td") for i, v in enumerate(row))}</tr>' for row in rows]
+    return f'<table>{"".join(lines)}</table>'
+
+
+def _image(content: bytes, words: str) -> str:
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{data}">'
+
+
+def _missing(words: str) -> str:
+    return f'<p class="missing">{html.escape(words)}</p>'
+
+
+def _results(run: Run) -> str:
+    if run.metrics is None:
+        return _missing('Not evaluated yet: there are no metrics in this folder.')
+    mine, reference = run.metrics, run.float_metrics
+    header, rows = ['', 'this run'], [[m, mine.get(m)] for m in ('mAP', 'NDS')]
+    if reference:
+        header += ['float', 'difference']
+        for row in rows:
+            other = reference.get(row[0])
+            both = row[1] is not None and other is not None
+            row += [other, f'{row[1] - other:+.4f}' if both else None]
+    out = _table(header, rows, len(header) - 1)
+    return out if reference else out + _missing('No float run to compare with; name one by --float.')
+
+
+def _per_class(run: Run) -> str:
+    if not run.metrics or not run.metrics.get('AP'):
+        return _missing('No AP by class yet.')
+    other = (run.float_metrics or {}).get('AP') or {}
+    rows = []
+    for name, value in sorted(run.metrics['AP'].items(), key=lambda item: -item[1]):
+        bar = _Html(f'<span class="bar" style="width:{round(value * 260)}px"></span>')
+        difference = f'{value - other[name]:+.4f}' if name in other else None
+        rows.append([name, bar, float(value), other.get(name), difference])
+    return _table(['class', '', 'AP', 'float', 'difference'], rows, 3)
+
+
+def _recipe(run: Run) -> str:
+    if run.run is None:
+        return _missing('run.json is not there: the run has not got as far as calibration.')
+    facts = [
+        [k, run.run.get(k)] for k in ('framework', 'config', 'checkpoint', 'data_root', 'dataset_version')
+    ]
+    text = json.dumps(run.run.get('recipe'), indent=1)
+    return _table(['', ''], [f for f in facts if f[1]]) + f'<pre>{html.escape(text)}</pre>'
+
+
+def _coverage(run: Run) -> str:
+    if run.coverage is None:
+        return _missing('coverage.json is not there: the run has not got as far as calibration.')
+    layers = [r for r in run.coverage if r['kind'] not in ('Add', 'Concat')]
+    done = sum(bool(r['quantized']) for r in layers)
+    keys = ('name', 'kind', 'weight', 'activation', 'shared_with', 'note')
+    rows = []
+    for row in run.coverage:
+        cells = [row.get(k) or '' for k in keys]
+        if not row['quantized']:
+            cells[0] = _Html(f'<span class="off">{html.escape(row["name"])}</span>')
+        rows.append(cells)
+    header = ['layer', 'type', 'weight', 'input', 'input shared with', 'note']
+    return (
+        f'<p>{done} of {len(layers)} layers are quantized, and '
+        f'{sum(bool(r["quantized"]) for r in run.coverage) - done} additions and concatenations.</p>'
+        f'<div class="scroll">{_table(header, rows)}</div>'
+    )
+
+
+def _histogram(row: Mapping[str, Any]) -> str:
+    """One activation as an inline picture: counts on a logarithmic scale, and the end of its range in red."""
+    import math
+
+    counts, top = row['counts'], row['top']
+    highest = math.log1p(max(counts)) or 1.0
+    width, height = 196.0, 62.0
+    step = width / len(counts)
+    points = [f'0,{height}']
+    for i, count in enumerate(counts):
+        y = height * (1 - math.log1p(count) / highest)
+        points += [f'{i * step:.1f},{y:.1f}', f'{(i + 1) * step:.1f},{y:.1f}']
+    points.append(f'{width},{height}')
+    line = ''
+    if row.get('amax') and top > 0:
+        x = min(row['amax'] / top, 1.0) * width
+        line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="#b2182b" stroke-width="1.5"/>'
+    drawn = f'<svg width="{width:.0f}" height="{height:.0f}">'
+    drawn += f'<polygon points="{" ".join(points)}" fill="#4393c3"/>{line}</svg>'
+    kind = 'float' if row.get('amax') is None else f'{"u" if row["unsigned"] else ""}int{row["bits"]}'
+    kind += '' if row.get('amax') is None else f', range {row["amax"]:.4g}'
+    seen = f'seen {row["minimum"]:.4g} to {row["maximum"]:.4g}'
+    return f'<div class="tile">{drawn}<br><b>{html.escape(row["name"])}</b><br>{kind}; {seen}</div>'
+
+
+def _histograms(run: Run) -> str:
+    if not run.histograms:
+        return _missing('histograms.json is not there: it is written by the run that calibrates.')
+    words = (
+        '<p>Magnitudes of every distinct input, counts on a logarithmic scale; red: the end of its range.</p>'
+    )
+    return words + f'<div class="tiles">{"".join(_histogram(r) for r in run.histograms if r["counts"])}</div>'
+
+
+def _sensitivity(run: Run) -> str:
+    if run.sensitivity is None:
+        return _missing(
+            'No sensitivity.json; tools/sensitivity.py writes it, --sensitivity names its folder.'
+        )
+    out = _image(charts.sensitivity_chart(run.sensitivity['rows']), 'sensitivity of the layers')
+    skip = run.sensitivity.get('skip')
+    if skip and len(skip['errors']) > 1:
+        names = ', '.join(map(html.escape, skip['names']))
+        out += f'<p>Skip list for an error of {skip["budget"]:g}: {names}</p>'
+        out += _image(charts.skip_curve(skip['errors'], skip['budget']), 'error against skipped layers')
+    return out
+
+
+def _sweep(run: Run) -> str:
+    if run.sweep is None:
+        return _missing('No sweep.json; tools/sweep.py writes it, --sweep names its folder.')
+    entries, out = run.sweep['entries'], ''
+    measures = [
+        m for m in ('mAP', 'NDS', 'relative_l1') if any((e.get('result') or {}).get(m) for e in entries)
+    ]
+    for measure in measures:
+        found = heat_map_of(entries, measure)
+        if found is not None:
+            out += _image(charts.heat_map(*found, measure), f'{measure} of the sweep')
+    rows = [[e['name'], *((e.get('result') or {}).get(m) for m in measures)] for e in entries]
+    return out + _table(['recipe', *measures], rows, len(measures))
+
+
+def _from_detections(run: Run, data_root: Optional[str], version: Optional[str]) -> Dict[str, str]:
+    """The sections that need detections and ground truth."""
+    facts = run.run or {}
+    data_root, version = data_root or facts.get('data_root'), version or facts.get('dataset_version')
+    reason = ''
+    if run.results is None:
+        reason = 'No results_nusc.json: the run has not been evaluated, or not on nuScenes.'
+    elif not data_root or not version:
+        reason = 'The data set of this run is not known; name it by --data-root and --version.'
+    if not reason:
+        try:
+            found = Detections(run.results, data_root, version)
+            distances = ap_by_distance(found)
+            picture, words = frame_from_above(found)
+        except Q3DError as error:
+            reason = str(error)
+        else:
+            header = ['class', *(f'{a:g}–{b:g} m' if b < 1e9 else f'{a:g}+ m' for a, b in RINGS)]
+            table = _table(header, [[n, *v] for n, v in distances.items()], len(RINGS))
+            note = (
+                '<p>– : no ground truth there (the devkit evaluates each class up to a range of its own).</p>'
+            )
+            return {
+                'distance': table + note,
+                'frame': f'<p>{words}</p>' + _image(picture, 'frame from above'),
+            }
+    return {'distance': _missing(reason), 'frame': _missing(reason)}
+
+
+def build(run: Run, data_root: Optional[str] = None, version: Optional[str] = None) -> str:
+    """The page.
+
+    Args:
+        run: What was found; parts that are not there are named on the page.
+        data_root: Of nuScenes, where the run's own record is not right here.
+        version: Of nuScenes.
+    """
+    more = _from_detections(run, data_root, version)
+    sections: Dict[str, Callable[[], str]] = {
+        'Results': lambda: _results(run),
+        'AP by class': lambda: _per_class(run),
+        'AP by distance': lambda: more['distance'],
+        'A frame from above': lambda: more['frame'],
+        'Recipe': lambda: _recipe(run),
+        'Coverage': lambda: _coverage(run),
+        'Sensitivity': lambda: _sensitivity(run),
+        'Sweep': lambda: _sweep(run),
+        'Activations': lambda: _histograms(run),
+    }
+    title = html.escape(f'Quantized run: {run.folder.resolve().name}')
+    body = ''.join(f'<h2>{name}</h2>{section()}' for name, section in sections.items())
+    return (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<style>{_STYLE}</style></head><body><h1>{title}</h1>{body}</body></html>\n'
+    )

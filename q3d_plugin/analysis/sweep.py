@@ -1,0 +1,344 @@
+"""Recipes over a grid, and results that survive an interruption."""
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import runpy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from q3d_plugin.analysis import files
+from q3d_plugin.errors import Q3DError, near_matches
+from q3d_plugin.recipe import Recipe
+
+__all__ = ['Entry', 'Results', 'changed', 'expand', 'heat_map_of', 'known_keys', 'parse_grid', 'read_plan']
+
+BASE = 'base'
+"""As a value: what the config's recipe has."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A recipe to try.
+
+    Attributes:
+        name: For tables.
+        values: What differs from the base recipe: dotted key -> value; empty for a named recipe.
+        recipe: Validated.
+    """
+
+    name: str
+    values: Dict[str, Any]
+    recipe: Recipe
+
+
+def known_keys() -> List[str]:
+    """The dotted keys of a recipe.
+
+    Examples:
+        >>> [k for k in known_keys() if k.startswith('weight')]
+        ['weight.bits', 'weight.calibrator', 'weight.percentile', 'weight']
+    """
+    import typing
+
+    out = []
+    hints = typing.get_type_hints(Recipe)
+    for spec in dataclasses.fields(Recipe):
+        kinds = [hints[spec.name], *typing.get_args(hints[spec.name])]
+        inner = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
+        if inner is not None:
+            out += [f'{spec.name}.{f.name}' for f in dataclasses.fields(inner)]
+        out.append(spec.name)
+    return out
+
+
+def _check_key(key: str, place: str) -> None:
+    known = known_keys()
+    if key not in known:
+        near = near_matches(key, known)
+        tails = [k for k in known if k.rsplit('.', 1)[-1] == key.rsplit('.', 1)[-1]]
+        if '; did' not in near and tails:
+            near = '; did you mean ' + ', '.join(map(repr, tails)) + '?'
+        raise Q3DError(f'{place}: unknown key {key!r}{near}')
+
+
+def _value(text: str, key: str, folder: Path) -> Any:
+    if text.startswith('@'):
+        return files.read_json(folder / text[1:], f'--grid: {key}')
+    words = {'none': None, 'null': None, 'true': True, 'false': False}
+    if text.lower() in words:
+        value = words[text.lower()]
+        return [] if value is None and key in ('skip', 'overrides') else value
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return [text] if key == 'skip' and text != BASE else text
+
+
+def parse_grid(arguments: Sequence[str]) -> Tuple[Dict[str, List[Any]], List[Dict[str, Any]]]:
+    """The grid and the named recipes of a command line.
+
+    Args:
+        arguments: ``key=value,value``, or files: ``.json`` or ``.py``, see :func:`read_plan`. A value is a
+            number, ``true``, ``false``, ``none``, a word, ``base`` (what the config has) or ``@file.json``.
+
+    Returns:
+        tuple: Dotted key -> values, and recipes with their names.
+
+    Raises:
+        Q3DError: A key is unknown, or a file cannot be read.
+
+    Examples:
+        >>> parse_grid(['weight.bits=8,4', 'smoothquant.alpha=none,0.5'])[0]['weight.bits']
+        [8, 4]
+    """
+    grid: Dict[str, List[Any]] = {}
+    named: List[Dict[str, Any]] = []
+    for argument in arguments:
+        key, equals, text = argument.partition('=')
+        if not equals:
+            more, recipes = read_plan(Path(argument))
+            grid.update(more)
+            named += recipes
+            continue
+        key = key.lower()
+        _check_key(key, '--grid')
+        grid[key] = [_value(item, key, Path()) for item in text.split(',')]
+    return grid, named
+
+
+def read_plan(path: Path) -> Tuple[Dict[str, List[Any]], List[Dict[str, Any]]]:
+    """Grid and named recipes of a file.
+
+    Args:
+        path: A ``.py`` file with variables ``grid`` (dotted key -> list of values) or ``recipes`` (list of
+            dictionaries, each with a ``name`` and what changes of the config's recipe, as nested dictionaries
+            or dotted keys), or a ``.json`` file with those keys.
+
+    Raises:
+        Q3DError: It cannot be read, or has neither, or a key is unknown.
+    """
+    place = f'--grid {str(path)!r}'
+    if path.suffix not in ('.py', '.json'):
+        raise Q3DError(f'--grid: {str(path)!r} was given; key=value,value or a .py or .json file would work')
+    if not path.is_file():
+        raise Q3DError(f'{place}: no such file (looked in {Path.cwd()})')
+    if path.suffix == '.json':
+        content = files.read_json(path, place)
+    else:
+        try:
+            content = runpy.run_path(str(path))
+        except Exception as error:  # whatever a Python file can raise
+            raise Q3DError(f'{place}: {type(error).__name__}: {error}') from error
+    if not isinstance(content, Mapping) or not (content.get('grid') or content.get('recipes')):
+        raise Q3DError(f"{place}: it has neither 'grid' nor 'recipes'")
+    grid = {}
+    for key, values in (content.get('grid') or {}).items():
+        _check_key(key, place)
+        if not isinstance(values, (list, tuple)) or not values:
+            raise Q3DError(f'{place}: {key}: {values!r} was given; a list of values would work')
+        loaded = [isinstance(v, str) and v.startswith('@') for v in values]
+        grid[key] = [_value(v, key, path.parent) if at else v for v, at in zip(values, loaded)]
+    named = []
+    for i, recipe in enumerate(content.get('recipes') or []):
+        if not isinstance(recipe, Mapping) or not isinstance(recipe.get('name'), str):
+            raise Q3DError(f'{place}: recipes[{i}] has no name')
+        named.append(dict(recipe))
+    return grid, named
+
+
+def changed(base: Mapping, values: Mapping[str, Any]) -> Dict[str, Any]:
+    """A recipe in plain form with some dotted keys set.
+
+    None for a key inside a section sets the whole section to None, so that ``weight.bits=none`` leaves the
+    weights float and ``smoothquant.alpha=none`` smooths nothing; other keys of that section have no meaning
+    then.
+
+    Args:
+        base: Plain form, see :meth:`q3d_plugin.recipe.Recipe.to_dict`; not changed.
+        values: Dotted key -> value; ``'base'`` leaves a key as it is.
+
+    Examples:
+        >>> changed({'weight': {'bits': 8}}, {'weight.bits': 4})
+        {'weight': {'bits': 4}}
+        >>> changed({'weight': {'bits': 8}}, {'weight.bits': None, 'weight.calibrator': 'mse'})
+        {'weight': None}
+    """
+    out = copy.deepcopy(dict(base))
+    values = {k: v for k, v in values.items() if not (isinstance(v, str) and v == BASE)}
+    # Sections that become None last: no other key may bring them back.
+    for key, value in sorted(values.items(), key=lambda item: item[1] is None):
+        section, _, inner = key.partition('.')
+        if not inner:
+            out[section] = value
+        elif value is None:
+            out[section] = None
+        else:
+            out[section] = {**(out.get(section) or {}), inner: value}
+    return out
+
+
+def _flat(recipe: Mapping) -> Dict[str, Any]:
+    """Nested dictionaries of a named recipe as dotted keys."""
+    out = {}
+    for key, value in recipe.items():
+        if isinstance(value, Mapping):
+            out.update({f'{key}.{k}': v for k, v in value.items()})
+        else:
+            out[key] = value
+    return out
+
+
+def _word(value: Any, key: str) -> str:
+    if key == 'skip' and isinstance(value, (list, tuple)):
+        return f'{len(value)} patterns' if value else 'none'
+    if value is None:
+        return 'none'
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def expand(base: Recipe, grid: Mapping[str, Sequence[Any]], named: Sequence[Mapping]) -> List[Entry]:
+    """Every recipe of a grid, then the named ones; each recipe once.
+
+    Args:
+        base: The config's recipe.
+        grid: Dotted key -> values.
+        named: Recipes with names.
+
+    Raises:
+        Q3DError: A value is out of range; the entry is named.
+    """
+    plain, entries = base.to_dict(), []
+    combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())] if grid else []
+    wanted = [(', '.join(f'{k}={_word(v, k)}' for k, v in c.items()), c, c) for c in combinations]
+    for recipe in named:
+        values = _flat({k: v for k, v in recipe.items() if k != 'name'})
+        for key in values:
+            _check_key(key, f'recipe {recipe["name"]!r}')
+        wanted.append((recipe['name'], {}, values))
+    names, seen = set(), set()
+    for name, shown, values in wanted:
+        try:
+            recipe = Recipe.from_dict(changed(plain, values))
+        except Q3DError as error:
+            raise Q3DError(f'{error} (in the sweep: {name})') from error
+        key = json.dumps(recipe.to_dict(), sort_keys=True)
+        if key in seen:
+            continue
+        if name in names:
+            name = f'{name} ({len(names)})'
+        seen.add(key)
+        names.add(name)
+        entries.append(Entry(name, dict(shown), recipe))
+    if not entries:
+        raise Q3DError('--grid: it has not one recipe; such as weight.bits=8,4 would work')
+    return entries
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Results:
+    """Results of a sweep in a file that is written after each of them.
+
+    Args:
+        path: ``sweep.json``; read where it exists.
+        made_of: What results depend on beside the recipe: checkpoint, config, base recipe, metric.
+
+    Attributes:
+        content: ``made_of``, ``float`` and ``entries`` (name, values, recipe, result, seconds).
+
+    Raises:
+        Q3DError: The file is of another model, config, base recipe or metric.
+    """
+
+    def __init__(self, path: Path, made_of: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        # As JSON has it: a tuple comes back as a list.
+        made_of = json.loads(json.dumps(made_of))
+        self.content: Dict[str, Any] = {'made_of': made_of, 'float': None, 'entries': []}
+        if self.path.exists():
+            found = files.read_json(self.path, 'sweep')
+            if not isinstance(found, Mapping) or not {'made_of', 'entries'} <= set(found):
+                raise Q3DError(f'sweep: {str(path)!r} is no result of a sweep; give another --out')
+            other = [k for k in made_of if found['made_of'].get(k) != made_of[k]]
+            if other:
+                words = ', '.join(
+                    f'another {k.replace("_sha256", "").replace("_", " ")}'
+                    + (f' ({found["made_of"].get(k)} and {made_of[k]})' if k in ('metric', 'frames') else '')
+                    for k in other
+                )
+                raise Q3DError(
+                    f'sweep: the results in {str(path)!r} were made with {words}, and cannot go on with '
+                    'this; give another --out, or --fresh to begin anew'
+                )
+            self.content = dict(found)
+
+    def result_of(self, recipe: Recipe) -> Optional[Dict[str, Any]]:
+        """The entry of a recipe that has a result."""
+        plain = json.loads(json.dumps(recipe.to_dict()))
+        done = (e for e in self.content['entries'] if e['recipe'] == plain and e.get('result'))
+        return next(done, None)
+
+    def set_float(self, result: Mapping[str, Any]) -> None:
+        """Keeps the result of the float model."""
+        self.content['float'] = dict(result)
+        files.write_json(self.path, self.content)
+
+    def add(self, entry: Entry, result: Optional[Mapping], seconds: float, error: str = '') -> None:
+        """Keeps a result, in the place of one of the same recipe that failed.
+
+        Args:
+            entry: What was tried.
+            result: Of the metric; None where it failed.
+            seconds: How long it took.
+            error: Why it failed.
+        """
+        plain = json.loads(json.dumps(entry.recipe.to_dict()))
+        self.content['entries'] = [e for e in self.content['entries'] if e['recipe'] != plain]
+        made = {'name': entry.name, 'values': entry.values, 'recipe': plain, 'result': result}
+        self.content['entries'].append({**made, 'seconds': round(seconds, 2), 'error': error})
+        files.write_json(self.path, self.content)
+
+
+def heat_map_of(
+    entries: Sequence[Mapping[str, Any]], measure: str
+) -> Optional[Tuple[List[List[Optional[float]]], List[str], List[str]]]:
+    """Values, row labels and column labels of a map of the results of a grid.
+
+    The key of most values goes across, all combinations of the others down.
+
+    Args:
+        entries: Of :attr:`Results.content`.
+        measure: A key of the results, such as ``'mAP'``.
+
+    Returns:
+        tuple: None where there are not two results with that measure.
+    """
+    entries = [e for e in entries if (e.get('result') or {}).get(measure) is not None]
+    if len(entries) < 2:
+        return None
+    of_grid = [e for e in entries if e['values']]
+    if len(of_grid) < 2:
+        return [[e['result'][measure]] for e in entries], [e['name'] for e in entries], [measure]
+    entries = of_grid
+    keys = list(dict.fromkeys(k for e in entries for k in e['values']))
+    words = [{k: _word(e['values'].get(k), k) for k in keys} for e in entries]
+    counts = {k: len({w[k] for w in words}) for k in keys}
+    across = max(keys, key=lambda k: counts[k])
+    down = [k for k in keys if k != across and counts[k] > 1]
+    columns = list(dict.fromkeys(f'{across}={w[across]}' for w in words))
+    labels = [', '.join(f'{k}={w[k]}' for k in down) or measure for w in words]
+    rows = list(dict.fromkeys(labels))
+    values: List[List[Optional[float]]] = [[None] * len(columns) for _ in rows]
+    for entry, word, label in zip(entries, words, labels):
+        values[rows.index(label)][columns.index(f'{across}={word[across]}')] = entry['result'][measure]
+    return values, rows, columns

@@ -1,0 +1,118 @@
+"""The page of a run, finished and not."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+pytest.importorskip('matplotlib')
+
+from analysis_toys import ToyBench
+
+from q3d_plugin import lifecycle
+from q3d_plugin.analysis import report
+from q3d_plugin.errors import Q3DError
+
+SUMMARY = {'mean_ap': 0.5, 'nd_score': 0.6, 'mean_dist_aps': {'car': 0.7, 'bus': 0.3}}
+
+
+class Links(HTMLParser):
+    """Everything that a page would fetch, and whether its tags are closed."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.fetched, self.open = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.fetched += [v for k, v in attrs if k in ('src', 'href') and not v.startswith('data:')]
+        if tag not in ('meta', 'img', 'br', 'line', 'polygon'):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ('line', 'polygon'):
+            assert self.open.pop() == tag
+
+
+def write(folder, **contents):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / f'{name}.json').write_text(json.dumps(content))
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    bench = ToyBench()
+    bench.prepare(bench.recipe)
+    folder = tmp_path / 'run' / '20260101_000000'
+    folder.mkdir(parents=True)
+    lifecycle.write_run(str(folder), bench.model, bench.recipe, {'framework': 'toy', 'config': '<a&b>.py'})
+    return tmp_path / 'run'
+
+
+def test_an_empty_folder_says_what_is_not_there(tmp_path):
+    page = report.build(report.find_run(tmp_path))
+    assert not Links(page).open and not Links(page).fetched
+    for words in (
+        'Not evaluated yet',
+        'run.json is not there',
+        'coverage.json is not there',
+        'No sweep.json',
+    ):
+        assert words in page
+
+
+def test_a_run_that_is_calibrated_but_not_evaluated_shows_what_there_is(run_dir):
+    page = report.build(report.find_run(run_dir))
+    assert not Links(page).open and not Links(page).fetched
+    assert 'Not evaluated yet' in page
+    assert '&lt;a&amp;b&gt;.py' in page and '<a&b>' not in page
+    assert '9 of 9 layers are quantized, and 2 additions' in page
+    # One picture for every distinct input: both branches of the head share theirs.
+    units = lifecycle.units(ToyBench().model)
+    assert page.count('<svg') == len(units) - 1
+
+
+def test_a_finished_run_is_compared_with_float(run_dir, tmp_path):
+    write(run_dir / 'predictions', metrics_summary=SUMMARY)
+    better = {**SUMMARY, 'mean_ap': 0.52, 'mean_dist_aps': {'car': 0.75, 'bus': 0.29}}
+    write(tmp_path / 'float', metrics_summary=better)
+    page = report.build(report.find_run(run_dir, tmp_path / 'float'))
+    assert not Links(page).open
+    assert '0.5000' in page and '0.5200' in page and '-0.0200' in page
+    assert '-0.0500' in page and '+0.0100' in page
+
+
+def test_metrics_of_mmdetection3d(tmp_path):
+    content = {'m/NDS': 0.4, 'm/mAP': 0.3, 'm/car_AP_dist_0.5': 0.2, 'm/car_AP_dist_1.0': 0.6}
+    write(tmp_path / '2026', **{'2026': content, 'other': {'m/mAP': 0.9}})
+    assert report.metrics_of(tmp_path) == {'mAP': 0.3, 'NDS': 0.4, 'AP': {'car': pytest.approx(0.4)}}
+
+
+def test_sensitivity_and_sweep_from_other_folders(run_dir, tmp_path):
+    row = {'name': 'stem.0', 'relative_l1': 0.1, 'output_relative_l1': 0.01, 'nan': 3}
+    skip = {'names': ['stem.0'], 'errors': [0.02, 0.01], 'budget': 0.01, 'kept': True}
+    write(tmp_path / 'sens', sensitivity={'rows': [row], 'skip': skip})
+    entries = [
+        {'name': f'weight.bits={b}', 'values': {'weight.bits': b}, 'result': {'mAP': b / 10}} for b in (8, 4)
+    ]
+    write(tmp_path / 'sweep', sweep={'made_of': {}, 'float': {'mAP': 0.9}, 'entries': entries})
+    page = report.build(report.find_run(run_dir, None, tmp_path / 'sens', tmp_path / 'sweep'))
+    assert not Links(page).open and not Links(page).fetched
+    assert page.count('data:image/png;base64,') == 3
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(Q3DError, match='nowhere'):
+        report.find_run(tmp_path / 'nowhere')
+
+
+def test_histograms_hold_every_value_and_end_above_the_largest(run_dir):
+    rows = json.loads(next(run_dir.rglob('histograms.json')).read_text())
+    stem = next(r for r in rows if r['name'] == 'stem.0')
+    # Three frames of 3 x 16 x 16 values.
+    assert sum(stem['counts']) == 3 * 3 * 16 * 16
+    assert len(stem['counts']) <= 64 and stem['frames'] == 3
+    assert (
+        max(abs(stem['minimum']), stem['maximum']) <= stem['top'] <= 1.1 * stem['maximum'] + stem['top'] / 32
+    )

@@ -1,0 +1,175 @@
+"""The commands of the analysis on a toy detector that needs no framework."""
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip('matplotlib')
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY / 'tests' / 'analysis'))
+
+from analysis_toys import ToyBench  # noqa: E402
+
+from q3d_plugin import lifecycle  # noqa: E402
+from q3d_plugin.recipe import Recipe  # noqa: E402
+
+
+def tool(name):
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(f'tool_{name}', REPOSITORY / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / 'toy.pth'
+    torch.save({'w': torch.ones(3)}, path)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, checkpoint):
+    """Runs a tool on a toy: ``run('sweep', *arguments, bench=...)``; gives the exit status."""
+
+    def call(name, *arguments, bench=None, out='out'):
+        module = tool(name)
+        made = bench or ToyBench(checkpoint=checkpoint)
+        monkeypatch.setattr(module, 'open_bench', lambda *_: made)
+        return module.main(['toy.py', str(checkpoint), '--out', str(tmp_path / out), *map(str, arguments)])
+
+    return call
+
+
+def test_sensitivity_writes_table_list_and_pictures(run, tmp_path, capsys):
+    code = run('sensitivity', '--frames', 2, '--reverse', '--bits', 4, 4, '--keep-output-error', 0.05)
+    assert code == 0
+    out = tmp_path / 'out'
+    found = json.loads((out / 'sensitivity.json').read_text())
+    rows = found['rows']
+    names = [n for n, _ in lifecycle.units(ToyBench().model)]
+    assert sorted(r['name'] for r in rows) == sorted(names)
+    effects = [r['output_relative_l1'] for r in rows]
+    assert effects == sorted(effects, reverse=True) and effects[-1] > 0
+    assert all(r['reverse_relative_l1'] is not None for r in rows)
+    skipped = json.loads((out / 'skip.json').read_text())
+    assert skipped == found['skip']['names'] and set(skipped) <= set(names)
+    # What is pasted is what was measured.
+    pasted = eval(f'dict({(out / "skip.txt").read_text()})')
+    bench = ToyBench(recipe=Recipe.from_dict({**found['recipe'], **pasted}))
+    assert [n for n, u in lifecycle.units(bench.model) if not u.quantizers()] == sorted(
+        skipped, key=names.index
+    )
+    with (out / 'sensitivity.csv').open() as f:
+        assert [r['name'] for r in csv.DictReader(f)] == [r['name'] for r in rows]
+    for picture in ('sensitivity.png', 'skip.png'):
+        assert (out / picture).read_bytes().startswith(b'\x89PNG')
+    assert not list(out.glob('*.tmp'))
+    assert rows[0]['name'] in capsys.readouterr().out
+
+
+def test_sensitivity_with_nan_in_one_layer_goes_on(run, tmp_path, checkpoint, capsys):
+    bench = ToyBench(checkpoint=checkpoint)
+    bench.spoil = lambda model: model.head.heat[2].weight_quantizer._amax.fill_(float('nan'))
+    assert run('sensitivity', '--frames', 1, bench=bench) == 0
+    rows = json.loads((tmp_path / 'out' / 'sensitivity.json').read_text())['rows']
+    assert rows[0]['name'] == 'head.heat.2' and rows[0]['nan'] == 3 * 16 * 16
+    assert all(r['nan'] == 0 and r['output_relative_l1'] > 0 for r in rows[1:])
+    # A layer that breaks the outputs is the first to stay float.
+    assert json.loads((tmp_path / 'out' / 'skip.json').read_text())[0] == 'head.heat.2'
+
+
+def test_sensitivity_local_is_one_pass(run, tmp_path, checkpoint):
+    bench, passes = ToyBench(checkpoint=checkpoint), []
+    bench.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    assert run('sensitivity', '--frames', 2, '--local', bench=bench) == 0
+    # Three frames of calibration, two of measurement.
+    assert len(passes) == 3 + 2
+    rows = json.loads((tmp_path / 'out' / 'sensitivity.json').read_text())['rows']
+    assert all(r['output_relative_l1'] is None and r['l1'] > 0 for r in rows)
+
+
+def test_sensitivity_of_groups(run, tmp_path):
+    assert run('sensitivity', '--frames', 1, '--group', 1) == 0
+    rows = json.loads((tmp_path / 'out' / 'sensitivity.json').read_text())['rows']
+    assert {r['name'] for r in rows} == {'stem', 'block', 'down', 'up', 'concat', 'head'}
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (('--frames', 0), '--frames: 0'),
+        (('--bits', 99, 8), 'weight.bits: 99'),
+        (('--treat', 'standard'), 'no smoothquant'),
+        (('--group', 'spine'), 'spine'),
+        (('--set', 'model'), 'KEY=VALUE'),
+    ],
+)
+def test_sensitivity_refuses(run, capsys, arguments, words):
+    assert run('sensitivity', *arguments) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith('q3d_plugin')]
+    assert len(error) == 1 and words in error[0]
+
+
+def test_sweep_goes_on_where_it_stopped(run, tmp_path, checkpoint, capsys):
+    bench = ToyBench(checkpoint=checkpoint)
+    assert run('sweep', '--grid', 'weight.bits=8,3', bench=bench) == 0
+    assert bench.evaluated == 3  # float, and two recipes
+    first = json.loads((tmp_path / 'out' / 'sweep.json').read_text())
+    again = ToyBench(checkpoint=checkpoint)
+    assert run('sweep', '--grid', 'weight.bits=8,3,2', bench=again) == 0
+    assert again.evaluated == 1
+    second = json.loads((tmp_path / 'out' / 'sweep.json').read_text())
+    assert second['entries'][:2] == first['entries'] and second['float'] == first['float']
+    for measure in ('mAP', 'NDS'):
+        assert (tmp_path / 'out' / f'{measure}.png').is_file()
+    assert 'weight.bits=2' in capsys.readouterr().out
+
+
+def test_a_recipe_of_a_sweep_has_the_result_that_it_has_alone(run, tmp_path, checkpoint):
+    run('sweep', '--grid', 'weight.bits=2,8', 'skip=none,head', bench=ToyBench(checkpoint=checkpoint))
+    for entry in json.loads((tmp_path / 'out' / 'sweep.json').read_text())['entries']:
+        alone = ToyBench(recipe=Recipe.from_dict(entry['recipe']))
+        alone.prepare(alone.recipe)
+        assert entry['result']['mAP'] == pytest.approx(alone.evaluate()['mAP'], rel=1e-6)
+
+
+def test_sweep_by_l1(run, tmp_path):
+    assert run('sweep', '--grid', 'weight.bits=8,3', '--metric', 'l1', '--frames', 2) == 0
+    found = json.loads((tmp_path / 'out' / 'sweep.json').read_text())['entries']
+    errors = [e['result']['relative_l1'] for e in found]
+    assert 0 < errors[0] < errors[1]
+
+
+def test_sweep_refuses_another_model_another_recipe_and_unknown_keys(run, tmp_path, checkpoint, capsys):
+    assert run('sweep', '--grid', 'weight.bits=8') == 0
+    before = (tmp_path / 'out' / 'sweep.json').read_text()
+    other = ToyBench(recipe=Recipe.from_dict({'activation': {'bits': 5}}))
+    assert run('sweep', '--grid', 'weight.bits=8', bench=other) == 2
+    assert 'another base recipe' in capsys.readouterr().err
+    torch.save({'w': torch.zeros(3)}, checkpoint)
+    assert run('sweep', '--grid', 'weight.bits=8') == 2
+    assert 'another checkpoint' in capsys.readouterr().err
+    assert run('sweep', '--grid', 'weight.bit=8') == 2
+    assert "did you mean 'weight.bits'" in capsys.readouterr().err
+    assert run('sweep', '--grid', 'skip=spine') == 2
+    assert 'spine' in capsys.readouterr().err
+    assert (tmp_path / 'out' / 'sweep.json').read_text() == before
+    assert run('sweep', '--grid', 'weight.bits=8', '--fresh') == 0
+
+
+def test_report_of_an_unfinished_run(tmp_path, capsys):
+    bench = ToyBench()
+    bench.prepare(bench.recipe)
+    lifecycle.write_run(str(tmp_path), bench.model, bench.recipe, {'framework': 'toy'})
+    assert tool('report').main([str(tmp_path)]) == 0
+    assert 'Not evaluated yet' in (tmp_path / 'report.html').read_text()
+    assert tool('report').main([str(tmp_path / 'nowhere')]) == 2
+    assert 'nowhere' in capsys.readouterr().err
