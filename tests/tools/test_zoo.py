@@ -179,7 +179,33 @@ def test_a_wrong_weight_is_found_and_named(zoo):
 
     row = zoo.examine(Framework(quantize=wrong), 'x', True)
     assert row.difference > 1e-4 and row.worst in ('bn', 'attention', 'head')
+    assert 0 < row.jitter < 1e-5 and not row.rounding
     assert zoo.failures([row]) == [row]
+
+
+def test_what_rounding_makes_of_the_float_model_is_no_failure(zoo):
+    row = zoo.Row('x', 'y', '', '', forward='', compared=1, difference=2e-4, jitter=1e-4)
+    assert not row.same and row.rounding and zoo.failures([row]) == []
+    assert '1 more but for rounding' in zoo.summary([row], 'x') and 'rounding alone' in zoo.outcome(row)
+
+
+def test_the_forward_of_an_equal_model_is_run_once(zoo, monkeypatch, tmp_path, capsys):
+    class Twins(Framework):
+        def __init__(self, *args):
+            super().__init__()
+
+        def configs(self):
+            return ['a', 'b', 'c', 'unreadable']
+
+        def key(self, cfg):
+            return 'other' if cfg == 'c' else 'same'
+
+    monkeypatch.setattr(zoo, 'MMDet3D', Twins)
+    assert zoo.main(['--mmdet3d', '--out', str(tmp_path / 'zoo.json')]) == 0
+    rows = rows_of(tmp_path / 'zoo.json')
+    assert {c: r['twin'] for c, r in rows.items()} == {'a': '', 'b': 'a', 'c': '', 'unreadable': ''}
+    assert rows['b']['difference'] == rows['a']['difference'] and rows['b']['quantized'] == 7
+    assert '(as a)' in capsys.readouterr().out
 
 
 def test_a_weight_that_is_read_past_its_layer_is_found(zoo):
