@@ -1,7 +1,10 @@
 """The life of a quantized model: configure, load, calibrate, test or train. Both adapters run on this."""
 
+import contextlib
+import copy
 import json
 import logging
+import math
 import os
 import pickle
 import struct
@@ -13,22 +16,33 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from q3d_plugin import __version__
-from q3d_plugin.calibration import collect, compute_ranges
+from q3d_plugin.calibration import (
+    InputStatistics,
+    any_of_ranks,
+    collect,
+    compute_ranges,
+    evaluating,
+    feed,
+    from_all_ranks,
+)
 from q3d_plugin.errors import Q3DError, near_matches
-from q3d_plugin.layers import REGISTRY, QuantUnit, QuantWeightLayer, why_not
+from q3d_plugin.layers import REGISTRY, QuantUnit, QuantWeightLayer, is_converted, why_not
 from q3d_plugin.quantizer import Mode, Quantizer
 from q3d_plugin.recipe import Recipe, differences
+from q3d_plugin.transforms import smooth
 from q3d_plugin.transforms.fold import fold_state_dict
+from q3d_plugin.transforms.graph import ChannelGraph, tensors_in
 from q3d_plugin.transforms.insert import apply_recipe
 
 __all__ = [
     'CoverageRow',
     'calibrate',
     'check_checkpoint_file',
+    'check_patterns',
     'check_recipe_of',
     'check_state_dict',
     'configure',
@@ -50,7 +64,13 @@ __all__ = [
 META_KEY = 'q3d'
 """Where a checkpoint's ``meta`` holds the recipe."""
 
+_NO_DATA = 'saw no data during calibration'
 _logger = logging.getLogger(__name__)
+
+_ONCE = (
+    'calibration: {} was given, which can be read once; SmoothQuant reads the batches twice, so a list or a '
+    'loader would work'
+)
 
 
 def units(model: nn.Module) -> List[Tuple[str, QuantUnit]]:
@@ -81,10 +101,23 @@ def configure(model: nn.Module, recipe: Recipe) -> None:
             f'be quantized; the parts of this model are {", ".join(types)}. Write Quant before the type of '
             "each part that is to be quantized, such as type='QuantSECOND'"
         )
-    recipe.check_patterns([name for name, _ in found])
+    check_patterns(model, recipe)
     apply_recipe(model, recipe)
     if recipe.mode == 'float':
         set_enabled(model, False)
+
+
+def check_patterns(model: nn.Module, recipe: Recipe, path: str = 'recipe') -> None:
+    """Raises :class:`Q3DError` for the first pattern of ``recipe`` that means no layer of ``model``.
+
+    Args:
+        model: A model with Quant types in it.
+        recipe: Validated recipe.
+        path: Where the recipe stands in the config, for error messages.
+    """
+    found = units(model)
+    weighted = [name for name, unit in found if isinstance(unit, QuantWeightLayer)]
+    recipe.check_patterns([name for name, _ in found], path, weighted)
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
@@ -110,11 +143,12 @@ def calibrate(
 ) -> int:
     """Takes statistics over ``batches`` and sets every range: activations first, then weights.
 
-    A layer whose input never came stays float altogether, and is named in one warning.
+    A layer whose input never came stays float altogether, and is named in one warning. Where the recipe has
+    layers smoothed, that comes first, in a pass of its own.
 
     Args:
         model: A configured model.
-        batches: Batches of the framework's loader.
+        batches: Batches of the framework's loader; read twice where layers are smoothed.
         forward: Called with each batch.
         names: Gives the name of a batch for messages.
         logger: Where the warning goes.
@@ -125,27 +159,35 @@ def calibrate(
     Raises:
         Q3DError: There were no batches, or an activation holds NaN or Inf.
     """
+    smoothed = _smooth(model, batches, forward, names, logger or _logger)
     activations = [q for q in quantizers(model) if not q.per_channel]
     weights = [q for q in quantizers(model) if q.per_channel]
     # Statistics are those of the float model: weights are let through while they are taken.
     for quantizer in weights:
         quantizer.disable()
+        quantizer.used = False
     try:
         seen = collect(model, batches, forward, activations, names)
     finally:
         for quantizer in weights:
             quantizer.enable()
+    if seen == 0 and smoothed:
+        raise Q3DError(_ONCE.format(type(batches).__name__))
     if seen == 0:
         raise Q3DError('calibration: there is not one frame to calibrate on')
     empty = set(compute_ranges(activations))
+    # A layer whose weight is read by other code, past its forward, has no quantizer in the way of anything.
+    unused = {q for q, used in zip(weights, any_of_ranks([q.used for q in weights])) if not used}
     left = []
     for name, unit in units(model):
-        if unit.input_quantizer in empty:
-            unit.float_reason = 'saw no data during calibration'
+        weight = getattr(unit, 'weight_quantizer', None)
+        idle = unit.input_quantizer in empty or weight in unused
+        if idle:
+            unit.float_reason = _NO_DATA
             left.append(name)
-        if isinstance(unit, QuantWeightLayer) and unit.weight_quantizer is not None:
-            if unit.input_quantizer in empty:
-                unit.weight_quantizer.leave_float()
+        if weight is not None:
+            if idle:
+                weight.leave_float()
             else:
                 unit.calibrate_weight()
     if left:
@@ -155,8 +197,82 @@ def calibrate(
     return seen
 
 
+@contextlib.contextmanager
+def _quantizers_off(model: nn.Module) -> Iterator[None]:
+    on = [q for q in quantizers(model) if not q._disabled]
+    for quantizer in on:
+        quantizer.disable()
+    try:
+        yield
+    finally:
+        for quantizer in on:
+            quantizer.enable()
+
+
+def _smooth(
+    model: nn.Module, batches: Iterable, forward: Callable, names: Optional[Callable], logger: logging.Logger
+) -> int:
+    """Smooths the layers that the recipe wants smoothed, and gives the number of batches that it read.
+
+    What the model computes in float stays the same.
+    """
+    layers = {name: unit for name, unit in units(model) if isinstance(unit, QuantWeightLayer)}
+    wanted = {name: layer for name, layer in layers.items() if layer.smooth_spec is not None}
+    if not wanted:
+        return 0
+    if iter(batches) is batches:
+        raise Q3DError(_ONCE.format(type(batches).__name__))
+    searched = [n for n, unit in wanted.items() if unit.smooth_spec.alpha == 'search' and unit.searchable]
+    graph, statistics = ChannelGraph(layers), InputStatistics(layers, searched)
+    first: Dict[str, Any] = {}
+
+    def watched(batch):
+        if not first:
+            # Kept for the probe; a forward pass may write into its batch.
+            first['batch'] = copy.deepcopy(batch)
+        with graph.watching() as watch:
+            returned = forward(batch)
+            watch.returned(returned)
+        if 'seen' not in first:
+            values = [t.detach().clone() for t in tensors_in(returned)]
+            first['seen'] = dict(statistics.amax), values
+
+    def again():
+        probe, batch = InputStatistics(layers), copy.deepcopy(first['batch'])
+        with probe.attached(), evaluating(model):
+            returned = list(tensors_in(forward(batch)))
+        return probe.amax, returned
+
+    with _quantizers_off(model):
+        with statistics.attached():
+            seen = feed(model, batches, watched, statistics.infinite, names)
+        if seen == 0:
+            return 0
+        statistics.merge_ranks()
+        for other in from_all_ranks(graph.state()):
+            graph.merge(other)
+        smooth.agree_(graph, layers)
+        if smooth.probe_(graph, layers, again if first else None, first.get('seen'), from_all_ranks):
+            logger.warning(
+                'SmoothQuant: outputs of some layers are read by code that cannot be watched, so scales of '
+                'the layers that follow stay explicit multiplications (see the coverage table)'
+            )
+    joint = smooth.joint_amax(graph, wanted, statistics.amax)
+    errors: Dict[str, Any] = {}
+    for mine in from_all_ranks(smooth.sum_errors(wanted, joint, statistics)):
+        for name, error in mine.items():
+            errors[name] = errors[name] + error if name in errors else error
+    smooth.smooth_(graph, layers, joint, smooth.alphas_of(wanted, joint, errors))
+    return seen
+
+
 class CoverageRow(NamedTuple):
-    """One line of the coverage table."""
+    """One line of the coverage table.
+
+    Attributes:
+        smoothquant: Where the layer is smoothed: ``alpha``, ``mode``, ``producers`` (the layers that have the
+            inverse scales) and ``explicit`` (whether its input is multiplied). Not a column of the table.
+    """
 
     name: str
     kind: str
@@ -164,6 +280,7 @@ class CoverageRow(NamedTuple):
     activation: str
     shared_with: str
     note: str
+    smoothquant: Optional[Dict[str, Any]] = None
 
     @property
     def quantized(self) -> bool:
@@ -184,6 +301,15 @@ def _describe(quantizer: Optional[Quantizer], disabled_word: str = '') -> str:
     ) + f'{bits} amax {quantizer._amax.item():.4g}'
 
 
+def _own_weights(module: nn.Module) -> List[Tensor]:
+    """The weights that ``module`` itself holds: ``weight``, and matrices such as ``in_proj_weight``."""
+    return [
+        p
+        for name, p in module._parameters.items()
+        if p is not None and (name == 'weight' or ('weight' in name and p.dim() > 1))
+    ]
+
+
 def coverage(model: nn.Module) -> List[CoverageRow]:
     """One row for every layer with a weight, addition and concatenation: quantized how, or why not.
 
@@ -196,29 +322,51 @@ def coverage(model: nn.Module) -> List[CoverageRow]:
             quantizer = module.input_quantizer
             shared = first_owner.setdefault(id(quantizer), name) if quantizer is not None else name
             weight = _describe(getattr(module, 'weight_quantizer', None))
-            activation = _describe(quantizer)
+            # The layer never ran, though another one may read the tensor that its input quantizer is for.
+            idle = getattr(getattr(module, 'weight_quantizer', None), 'mode', None) is Mode.FLOAT
+            activation = '' if idle else _describe(quantizer)
             off = any(q._disabled for q in module.quantizers())
-            note = module.float_reason or ('switched off' if off and not (weight or activation) else '')
-            rows.append(
-                CoverageRow(name, module.kind, weight, activation, '' if shared == name else shared, note)
-            )
+            note = module.float_reason or (_NO_DATA if idle else '')
+            note = note or ('switched off' if off and not (weight or activation) else '')
+            smoothed, words = _smoothing_of(module)
+            note = '; '.join(part for part in (note, words) if part)
+            shared = '' if shared == name else shared
+            rows.append(CoverageRow(name, module.kind, weight, activation, shared, note, smoothed))
         elif isinstance(module, Quantizer):
             continue
         elif isinstance(module, _BatchNorm):
             rows.append(
                 CoverageRow(name, type(module).__name__, '', '', '', 'no layer before it to fold into')
             )
-        elif 'weight' in module._parameters and module._parameters['weight'] is not None:
+        elif not is_converted(module) and _own_weights(module):
             reason = why_not(module) or 'its part of the model has no Quant type'
             rows.append(CoverageRow(name, type(module).__name__, '', '', '', reason))
     return rows
+
+
+def _smoothing_of(module: QuantUnit) -> Tuple[Optional[Dict[str, Any]], str]:
+    """What is known of the smoothing of a unit: for JSON, and in words."""
+    spec = getattr(module, 'smooth_spec', None)
+    if spec is None:
+        return None, ''
+    alpha = module.smooth_alpha.item()
+    if math.isnan(alpha):
+        return dict(alpha=None, mode=spec.mode, producers=[], explicit=False), module.smooth_note
+    alpha = round(alpha, 6)
+    # A checkpoint has the scales, not the names of the layers that they went into.
+    places = {'dynamic': 'dynamic', True: 'explicit multiplication', False: 'scale in the layers before it'}
+    place = places[spec.mode if spec.mode == 'dynamic' else module.smoothing]
+    known = dict(
+        alpha=alpha, mode=spec.mode, producers=list(module.smooth_producers), explicit=module.smoothing
+    )
+    return known, module.smooth_note or f'SmoothQuant {alpha:g}, {place}'
 
 
 def coverage_table(rows: List[CoverageRow]) -> str:
     """The rows as a text table with a line of totals."""
     header = CoverageRow('layer', 'type', 'weight', 'input', 'input shared with', 'note')
     cells = [header, *rows]
-    widths = [max(len(r[i]) for r in cells) for i in range(len(header))]
+    widths = [max(len(r[i]) for r in cells) for i in range(header.index('note') + 1)]
     lines = ['  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in cells]
     lines.insert(1, '  '.join('-' * w for w in widths))
     layers = [r for r in rows if r.kind not in ('Add', 'Concat')]
@@ -262,8 +410,11 @@ def check_checkpoint_file(path: str) -> None:
         raise Q3DError(f'checkpoint {str(path)!r} cannot be read ({reason}): copy it again') from error
 
 
+_OWN_KEYS = ('_quantizer._amax', '_quantizer._state', '.smooth_alpha', '.smooth_scale', '.smooth_weight')
+
+
 def _is_quantizer_key(key: str) -> bool:
-    return key.endswith(('_quantizer._amax', '_quantizer._state'))
+    return f'.{key}'.endswith(_OWN_KEYS)
 
 
 def check_state_dict(model: nn.Module, state_dict: Mapping, source: str = 'checkpoint') -> Dict[str, Any]:
@@ -443,21 +594,34 @@ def write_run(folder: str, model: nn.Module, recipe: Recipe, facts: Mapping[str,
         write_text(os.path.join(folder, 'histograms.json'), json.dumps(rows))
 
 
-def with_progress(batches: Iterable, logger: logging.Logger, who: str) -> Iterator:
+class _Progress:
+    """Batches with a line of progress in the log; can be read several times."""
+
+    def __init__(self, batches: Iterable, logger: logging.Logger, who: str) -> None:
+        self.batches, self.logger, self.who = batches, logger, who
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator:
+        total = len(self)
+        step, start = max(1, total // 10), time.time()
+        for i, batch in enumerate(self.batches):
+            yield batch
+            if (i + 1) % step == 0 or i + 1 == total:
+                rate = (time.time() - start) / (i + 1)
+                self.logger.info(f'{self.who}: calibration [{i + 1}/{total}] {rate:.2f} s a batch')
+
+
+def with_progress(batches: Iterable, logger: logging.Logger, who: str) -> Iterable:
     """The batches (a sized iterable), with a line of progress in the log about every tenth of the way.
 
     Args:
-        batches: What to iterate over.
+        batches: What to iterate over; as often as ``batches`` can be.
         logger: Where the lines go.
         who: What the lines begin with.
     """
-    total = len(batches)
-    step, start = max(1, total // 10), time.time()
-    for i, batch in enumerate(batches):
-        yield batch
-        if (i + 1) % step == 0 or i + 1 == total:
-            rate = (time.time() - start) / (i + 1)
-            logger.info(f'{who}: calibration [{i + 1}/{total}] {rate:.2f} s a batch')
+    return _Progress(batches, logger, who)
 
 
 def quantizable_types() -> List[str]:

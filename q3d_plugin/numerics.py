@@ -4,18 +4,20 @@ Everything is symmetric: the zero point is 0, and a range is one positive number
 largest integer. Notation: ``amax`` (range), ``scale = amax / qmax`` (step), ``bits``.
 """
 
-from typing import Optional, Tuple
+from typing import Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 
 __all__ = [
     'bounds',
+    'channel_amax',
     'dequantized_levels',
     'fake_quantize',
     'search_entropy',
     'search_mse',
     'search_percentile',
+    'smoothing_scale',
     'sqnr_db',
     'weight_amax',
 ]
@@ -104,6 +106,47 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     if noise == 0:
         return float('inf')
     return float(10 * torch.log10(signal / noise))
+
+
+# Scales outside of these would overflow where a float16 weight or input meets them.
+_SCALES = (1e-4, 1e4)
+
+
+def channel_amax(x: Tensor, axis: int) -> Tensor:
+    """Largest magnitude for every index of ``axis``; zeros where ``x`` is empty.
+
+    Args:
+        x: Any shape, floating point.
+        axis: The axis that is kept.
+
+    Returns:
+        Tensor: (x.shape[axis],).
+    """
+    others = [i for i in range(x.dim()) if i != axis % x.dim()]
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[axis])
+    # Not x.abs(): it would be a copy of the largest tensors of a detector.
+    return torch.maximum(x.amax(others), -x.amin(others)) if others else x.abs()
+
+
+def smoothing_scale(x_amax: Tensor, weight_amax: Tensor, alpha: Union[float, Tensor]) -> Tensor:
+    """What inputs are divided and weights multiplied by: Xiao et al. 2023 (SmoothQuant), equation 4.
+
+    ``s = max|X|^alpha / max|W|^(1 - alpha)`` for each input channel, within 1e-4 and 1e4. A channel that is
+    dead in the input or has no weight keeps its scale: 1.
+
+    Args:
+        x_amax: (C,) largest magnitudes of the input.
+        weight_amax: (C,) largest magnitudes of the weight.
+        alpha: 0 to 1.
+
+    Examples:
+        >>> smoothing_scale(torch.tensor([16.0, 0.0]), torch.tensor([0.25, 1.0]), 0.5)
+        tensor([8., 1.])
+    """
+    dead = (x_amax <= 0) | (weight_amax <= 0)
+    scale = x_amax.clamp_min(_TINY) ** alpha / weight_amax.clamp_min(_TINY) ** (1 - alpha)
+    return torch.where(dead, torch.ones_like(scale), scale.clamp(*_SCALES))
 
 
 def _centres(counts: Tensor, top: Tensor) -> Tensor:

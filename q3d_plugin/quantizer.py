@@ -51,6 +51,7 @@ class Quantizer(TensorQuantizer):
         owners: Names of the layers that share it.
         observer: Statistics, while :attr:`observing`.
         seen: What the last calibration saw, compact and in plain data; None before one.
+        used: Whether it was called since this was last set to False, switched off or not.
 
     Shape:
         - Input: any floating point tensor. Output: the same shape and dtype.
@@ -74,6 +75,7 @@ class Quantizer(TensorQuantizer):
         self.observer: Optional[MagnitudeHistogram] = None
         self.seen: Optional[Dict] = None
         self.finite = True
+        self.used = False
         self._memo = None
         shape = () if channels is None else (channels,)
         self.register_buffer('_amax', torch.zeros(shape))
@@ -136,16 +138,18 @@ class Quantizer(TensorQuantizer):
             self.seen = self.observer.compact()
         self.observer = None
 
-    def forward(self, inputs: Tensor, inplace: bool = False) -> Tensor:
+    def forward(self, inputs: Tensor, inplace: bool = False, amax: Optional[Tensor] = None) -> Tensor:
         """Observes, quantizes or passes on ``inputs``, as the mode says.
 
         Args:
             inputs: Any floating point tensor.
             inplace: Whether ``inputs`` may be overwritten, which saves a copy; without gradients only.
+            amax: A range for this one tensor, in place of the calibrated one.
 
         Raises:
             Q3DError: It was never calibrated.
         """
+        self.used = True
         if self._disabled or inputs.numel() == 0:
             return inputs
         if self.observer is not None:
@@ -162,6 +166,8 @@ class Quantizer(TensorQuantizer):
                 '(OpenPCDet: a Quant detector such as NAME: QuantCenterPoint, the recipe under MODEL.QUANT), '
                 'or load a quantized checkpoint'
             )
+        if amax is not None:
+            return numerics.fake_quantize(inputs, amax, self._num_bits, self._unsigned, self._axis, inplace)
         if self._seen_before(inputs):
             return self._memo[3]
         if self._on_grid(inputs):

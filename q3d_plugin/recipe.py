@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 from q3d_plugin.errors import Q3DError, near_matches
 
@@ -19,6 +19,9 @@ __all__ = [
     'CalibrationSpec',
     'LayerPlan',
     'Recipe',
+    'SmoothOverride',
+    'SmoothQuantSpec',
+    'SmoothSpec',
     'WeightSpec',
     'differences',
     'matches',
@@ -28,6 +31,7 @@ CALIBRATORS = ('max', 'percentile', 'mse', 'entropy', 'grid')
 WEIGHT_CALIBRATORS = ('max', 'percentile', 'mse', 'grid')
 MODES = ('float', 'ptq', 'qat')
 SPLITS = ('train', 'val', 'test')
+SMOOTH_MODES = ('static', 'dynamic')
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,69 @@ class CalibrationSpec:
     seed: int = 0
 
 
+_GRID = tuple(i / 10 for i in range(11))
+
+
+@dataclass(frozen=True)
+class SmoothSpec:
+    """How the inputs of one layer are smoothed (SmoothQuant, Xiao et al. 2023).
+
+    Attributes:
+        alpha: How much of the difficulty goes from the inputs to the weight, 0 to 1, or ``'search'``.
+        mode: ``'static'``: by scales from calibration, in the layers before where that is possible.
+            ``'dynamic'``: by scales from the running input.
+        grid: What ``'search'`` chooses from.
+    """
+
+    alpha: Union[float, str] = 0.5
+    mode: str = 'static'
+    grid: Tuple[float, ...] = _GRID
+
+
+@dataclass(frozen=True)
+class SmoothOverride:
+    """Another alpha for the layers that match one of ``layers``; later overrides win.
+
+    Attributes:
+        layers: Patterns.
+        alpha: 0 to 1, ``'search'``, or None: these layers are not smoothed.
+    """
+
+    layers: Tuple[str, ...]
+    alpha: Optional[Union[float, str]] = None
+
+
+@dataclass(frozen=True)
+class SmoothQuantSpec:
+    """Which layers are smoothed, and how; the recipe's ``smoothquant``.
+
+    Attributes:
+        alpha: 0 to 1, or ``'search'``.
+        layers: Patterns of the layers that are smoothed.
+        mode: ``'static'`` or ``'dynamic'``.
+        grid: What ``'search'`` chooses from; 0.25, 0.5, 0.75 and no smoothing at all are always tried too.
+        overrides: Other values of alpha for some of the layers.
+    """
+
+    alpha: Union[float, str] = 0.5
+    layers: Tuple[str, ...] = ('*',)
+    mode: str = 'static'
+    grid: Tuple[float, ...] = _GRID
+    overrides: Tuple[SmoothOverride, ...] = ()
+
+    def plan(self, name: str) -> Optional[SmoothSpec]:
+        """What it says of the layer ``name``; None for a layer that is not smoothed."""
+        if not any(matches(p, name) for p in self.layers):
+            return None
+        alpha: Optional[Union[float, str]] = self.alpha
+        for override in self.overrides:
+            if any(matches(p, name) for p in override.layers):
+                alpha = override.alpha
+        # The grid of a layer whose alpha is given has no meaning, and must not tell two such layers apart.
+        grid = self.grid if alpha == 'search' else ()
+        return None if alpha is None else SmoothSpec(alpha, self.mode, grid)
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """What the recipe says of one layer: None for a part that stays float.
@@ -86,11 +153,13 @@ class LayerPlan:
         weight: How the weight is quantized.
         activation: How the inputs are quantized.
         reason: Why the layer has no quantizer, for the coverage table; empty where it has one.
+        smooth: How the inputs are smoothed; None where they are not.
     """
 
     weight: Optional[WeightSpec]
     activation: Optional[ActivationSpec]
     reason: str = ''
+    smooth: Optional[SmoothSpec] = None
 
 
 @dataclass(frozen=True)
@@ -204,6 +273,50 @@ def _override(value: Any, path: str) -> Override:
     return Override(**fields)
 
 
+def _alpha(value: Any, path: str, none: bool = False) -> Optional[Union[float, str]]:
+    if value == 'search' or (none and value is None):
+        return value
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        _fail(path, value, "a number from 0 to 1 or 'search' would work" + (', or None' if none else ''))
+    return float(value)
+
+
+def _smooth_override(value: Any, path: str) -> SmoothOverride:
+    value = _mapping(value, path, ('layers', 'alpha'))
+    for key, hint in (('layers', 'a pattern or a list of patterns'), ('alpha', "a number, 'search' or None")):
+        if key not in value:
+            raise Q3DError(f'{path}.{key}: missing; {hint} would work')
+    layers = _patterns(value['layers'], f'{path}.layers')
+    return SmoothOverride(layers, _alpha(value['alpha'], f'{path}.alpha', none=True))
+
+
+def _smoothquant(value: Any, path: str) -> SmoothQuantSpec:
+    value = _mapping(value, path, [f.name for f in dataclasses.fields(SmoothQuantSpec)])
+    if 'alpha' in value:
+        value['alpha'] = _alpha(value['alpha'], f'{path}.alpha')
+    if 'layers' in value:
+        value['layers'] = _patterns(value['layers'], f'{path}.layers')
+        if not value['layers']:
+            _fail(f'{path}.layers', [], "a list of patterns such as ['*backbone*'] would work")
+    if 'mode' in value:
+        _choice(value['mode'], f'{path}.mode', SMOOTH_MODES)
+    if 'grid' in value:
+        grid = value['grid']
+        if not isinstance(grid, Sequence) or isinstance(grid, str) or not grid:
+            _fail(f'{path}.grid', grid, 'a list of numbers from 0 to 1 would work')
+        for i, a in enumerate(grid):
+            if a == 'search':
+                _fail(f'{path}.grid[{i}]', a, 'a number from 0 to 1 would work')
+        value['grid'] = tuple(sorted({_alpha(a, f'{path}.grid[{i}]') for i, a in enumerate(grid)}))
+    if 'overrides' in value:
+        if not isinstance(value['overrides'], Sequence) or isinstance(value['overrides'], str):
+            _fail(f'{path}.overrides', value['overrides'], 'a list of dictionaries would work')
+        value['overrides'] = tuple(
+            _smooth_override(v, f'{path}.overrides[{i}]') for i, v in enumerate(value['overrides'])
+        )
+    return SmoothQuantSpec(**value)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A validated recipe.
@@ -213,6 +326,7 @@ class Recipe:
             then train).
         weight: How weights are quantized; None leaves them float.
         activation: How inputs are quantized; None leaves them float.
+        smoothquant: Which layers have scales moved from their inputs to their weights; None for no layer.
         skip: Patterns of layers that stay float: they have no quantizer at all.
         overrides: Other specs for some layers.
         calibration: What the ranges are taken from.
@@ -229,6 +343,7 @@ class Recipe:
     skip: Tuple[str, ...] = ()
     overrides: Tuple[Override, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec()
+    smoothquant: Optional[SmoothQuantSpec] = None
 
     @classmethod
     def from_dict(cls, given: Optional[Mapping], path: str = 'recipe') -> 'Recipe':
@@ -253,6 +368,8 @@ class Recipe:
             out['activation'] = (
                 None if spec is None else ActivationSpec(**_activation_fields(spec, f'{path}.activation'))
             )
+        if value.get('smoothquant') is not None:
+            out['smoothquant'] = _smoothquant(value['smoothquant'], f'{path}.smoothquant')
         if 'skip' in value:
             out['skip'] = _patterns(value['skip'], f'{path}.skip')
         if 'overrides' in value:
@@ -295,27 +412,55 @@ class Recipe:
             if any(matches(p, name) for p in override.layers):
                 weight = _changed(weight, override.weight, WeightSpec)
                 activation = _changed(activation, override.activation, ActivationSpec)
-        reason = '' if weight or activation else 'left float by the recipe'
-        return LayerPlan(weight, activation, reason)
+        if not (weight or activation):
+            return LayerPlan(None, None, 'left float by the recipe')
+        smooth = None if self.smoothquant is None else self.smoothquant.plan(name)
+        return LayerPlan(weight, activation, '', smooth)
 
-    def check_patterns(self, names: Sequence[str], path: str = 'recipe') -> None:
+    def check_patterns(
+        self, names: Sequence[str], path: str = 'recipe', weighted: Optional[Sequence[str]] = None
+    ) -> None:
         """Raises :class:`Q3DError` for the first pattern that means none of the layers ``names``.
 
+        A pattern of ``smoothquant`` has to mean a layer with a weight that is quantized.
+
         Args:
-            names: Names of all layers that can be quantized.
+            names: Names of all layers that can be quantized, additions and concatenations too.
             path: Where the recipe stands in the config, for error messages.
+            weighted: Those of them that have a weight; all where None.
         """
         places = [(f'{path}.skip[{i}]', p) for i, p in enumerate(self.skip)]
         for i, override in enumerate(self.overrides):
             places += [(f'{path}.overrides[{i}].layers[{j}]', p) for j, p in enumerate(override.layers)]
         for place, pattern in places:
             if not any(matches(pattern, name) for name in names):
-                bare = pattern.strip('*')
-                tails = {'.'.join(n.split('.')[i:]): n for n in names for i in range(n.count('.') + 1)}
-                near = near_matches(bare, [*dict.fromkeys(names), *tails])
+                raise Q3DError(_matches_none(place, pattern, names, 'quantized layers'))
+        if self.smoothquant is None:
+            return
+        weighted = names if weighted is None else weighted
+        places = [(f'{path}.smoothquant.layers[{i}]', p) for i, p in enumerate(self.smoothquant.layers)]
+        for i, change in enumerate(self.smoothquant.overrides):
+            places += [
+                (f'{path}.smoothquant.overrides[{i}].layers[{j}]', p) for j, p in enumerate(change.layers)
+            ]
+        for place, pattern in places:
+            meant = [name for name in weighted if matches(pattern, name)]
+            if not meant:
+                raise Q3DError(_matches_none(place, pattern, weighted, 'layers with a weight'))
+            plans = [self.plan(name) for name in meant]
+            if not any(plan.weight or plan.activation for plan in plans):
+                more = f' (and {len(meant) - 1} more)' if len(meant) > 1 else ''
                 raise Q3DError(
-                    f'{place}: {pattern!r} matches none of the {len(names)} quantized layers{near}'
+                    f'{place}: {pattern!r} means no layer that is quantized: {meant[0]!r} is '
+                    f'{plans[0].reason}{more}; a pattern of layers that have quantizers would work'
                 )
+
+
+def _matches_none(place: str, pattern: str, names: Sequence[str], what: str) -> str:
+    bare = pattern.strip('*')
+    tails = {'.'.join(n.split('.')[i:]): n for n in names for i in range(n.count('.') + 1)}
+    near = near_matches(bare, [*dict.fromkeys(names), *tails])
+    return f'{place}: {pattern!r} matches none of the {len(names)} {what}{near}'
 
 
 def _changed(spec, fields: Optional[Dict[str, Any]], kind):

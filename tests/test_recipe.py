@@ -308,7 +308,7 @@ def _leaves(value, path):
 def test_each_changed_value_is_the_one_difference():
     plain = Recipe.from_dict(dict(skip=['a'])).to_dict()
     leaves = list(_leaves(plain, ()))
-    assert len(leaves) == 13
+    assert len(leaves) == 14
     for path, value in leaves:
         other = copy.deepcopy(plain)
         holder = other
@@ -324,3 +324,101 @@ def test_a_part_on_one_side_only_is_a_difference():
     assert len(found) == 1 and found[0].startswith('recipe.weight: None and ')
     assert differences({}, {'new': 1}, 'r') == ['r.new: None and 1']
     assert differences({'gone': 1}, {}, 'r') == ['r.gone: 1 and None']
+
+
+# SmoothQuant.
+
+NAMES = ['net.a', 'net.b', 'head.a', 'head.add']
+
+
+def smooth_refused(given_recipe, names=NAMES, weighted=NAMES[:3]):
+    with pytest.raises(Q3DError) as caught:
+        Recipe.from_dict(given_recipe).check_patterns(names, weighted=weighted)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize('alpha', [-0.1, 1.01, 5, True, 'serch', '0.5', None, float('nan'), [0.5]])
+@pytest.mark.parametrize('place', ['alpha', 'grid[1]', 'overrides[0].alpha'])
+def test_alpha_outside_of_0_to_1_is_refused(place, alpha):
+    given_recipe = {
+        'alpha': dict(alpha=alpha),
+        'grid[1]': dict(grid=[0.5, alpha]),
+        'overrides[0].alpha': dict(overrides=[dict(layers='a', alpha=alpha)]),
+    }[place]
+    if place.startswith('overrides') and alpha is None:
+        assert Recipe.from_dict(dict(smoothquant=given_recipe)).smoothquant.overrides[0].alpha is None
+        return
+    message = refused(dict(smoothquant=given_recipe))
+    assert message.startswith(f'recipe.smoothquant.{place}: {alpha!r} was given; a number from 0 to 1')
+
+
+@pytest.mark.parametrize('alpha', [0, 1, 0.5, 'search'])
+def test_alpha_from_0_to_1_and_search_are_accepted(alpha):
+    recipe = Recipe.from_dict(dict(smoothquant=dict(alpha=alpha)))
+    assert recipe.plan('net.a').smooth.alpha == alpha
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert json.loads(json.dumps(recipe.to_dict())) == recipe.to_dict()
+
+
+@pytest.mark.parametrize(
+    'given_recipe, words',
+    [
+        (dict(alpa=0.5), ['recipe.smoothquant.alpa: unknown key', "'alpha'"]),
+        (dict(mode='statik'), ["recipe.smoothquant.mode: 'statik'", "'static'"]),
+        (dict(grid=[]), ['recipe.smoothquant.grid: [] was given']),
+        (dict(grid=['search']), ["recipe.smoothquant.grid[0]: 'search' was given"]),
+        (dict(layers=[]), ['recipe.smoothquant.layers: []']),
+        (dict(layers=[3]), ['recipe.smoothquant.layers: [3]']),
+        (dict(overrides={}), ['recipe.smoothquant.overrides: {} was given']),
+        (dict(overrides=[dict(alpha=0.1)]), ['recipe.smoothquant.overrides[0].layers: missing']),
+        (dict(overrides=[dict(layers='a')]), ['recipe.smoothquant.overrides[0].alpha: missing']),
+        (dict(overrides=[dict(layer='a')]), ['recipe.smoothquant.overrides[0].layer: unknown', "'layers'"]),
+        (0.5, ['recipe.smoothquant: 0.5 was given', 'alpha, layers']),
+    ],
+)
+def test_mistakes_of_smoothquant_are_named(given_recipe, words):
+    message = refused(dict(smoothquant=given_recipe))
+    assert all(word in message for word in words), message
+
+
+def test_a_smoothquant_pattern_for_no_layer_is_refused():
+    message = smooth_refused(dict(smoothquant=dict(layers=['net', 'haed'])))
+    assert message.startswith("recipe.smoothquant.layers[1]: 'haed' matches none of the 3 layers")
+    message = smooth_refused(dict(smoothquant=dict(overrides=[dict(layers='x', alpha=1)])))
+    assert message.startswith("recipe.smoothquant.overrides[0].layers[0]: 'x' matches none")
+    # An addition has no weight.
+    assert 'head.add' in smooth_refused(dict(smoothquant=dict(layers=['head.add'])))
+
+
+def test_a_smoothquant_pattern_for_skipped_or_float_layers_only_is_refused():
+    message = smooth_refused(dict(skip=['*.b', 'head'], smoothquant=dict(layers=['*', 'head.a'])))
+    assert message.startswith("recipe.smoothquant.layers[1]: 'head.a' means no layer that is quantized")
+    assert "'head.a' is skipped by 'head'" in message
+    off = dict(layers='net', weight=None, activation=None)
+    message = smooth_refused(dict(overrides=[off], smoothquant=dict(layers='net')))
+    assert "'net.a' is left float by the recipe (and 1 more)" in message
+    # Where some of the layers are quantized, the others are passed over.
+    recipe = Recipe.from_dict(dict(skip=['*.b'], smoothquant=dict(layers='net')))
+    recipe.check_patterns(NAMES, weighted=NAMES[:3])
+    assert recipe.plan('net.b').smooth is None and recipe.plan('head.a').smooth is None
+
+
+def test_each_layer_gets_its_alpha_and_the_last_override_wins():
+    smoothquant = dict(
+        alpha=0.25,
+        layers=['net', 'head'],
+        grid=[1, 0.5, 0.5],
+        overrides=[dict(layers='head', alpha='search'), dict(layers='*.b', alpha=None)],
+    )
+    recipe = Recipe.from_dict(dict(smoothquant=smoothquant))
+    assert recipe.plan('net.a').smooth.alpha == 0.25 and recipe.plan('net.a').smooth.grid == ()
+    assert recipe.plan('head.a').smooth.alpha == 'search' and recipe.plan('head.a').smooth.grid == (0.5, 1.0)
+    assert recipe.plan('net.b').smooth is None and recipe.plan('other').smooth is None
+    assert recipe.plan('net.a').smooth.mode == 'static'
+
+
+def test_a_checkpoint_from_before_smoothquant_is_that_of_a_recipe_without():
+    old = Recipe().to_dict()
+    assert old.pop('smoothquant') is None
+    assert differences(old, Recipe().to_dict()) == []
+    assert differences(old, Recipe.from_dict(dict(smoothquant={})).to_dict()) != []

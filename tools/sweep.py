@@ -2,6 +2,7 @@
 
     python tools/sweep.py CONFIG CHECKPOINT --grid weight.bits=8,4 activation.bits=8,4 skip=none,@skip.json
     python tools/sweep.py CONFIG CHECKPOINT --grid my_recipes.py --metric l1 --frames 4
+    python tools/sweep.py CONFIG CHECKPOINT --skip-curve work_dirs/sensitivity/NAME/sensitivity.json
 
 Each recipe is calibrated and evaluated with the framework's own metric, or (--metric l1) compared with the
 raw outputs of the float model on a few frames. Results are kept as they come in sweep.json: the same command
@@ -29,7 +30,16 @@ from tqdm import tqdm  # noqa: E402
 from q3d_plugin import lifecycle  # noqa: E402
 from q3d_plugin.analysis import charts, command, files  # noqa: E402
 from q3d_plugin.analysis.measures import OutputError  # noqa: E402
-from q3d_plugin.analysis.sweep import Results, digest, expand, heat_map_of, parse_grid  # noqa: E402
+from q3d_plugin.analysis.sweep import (  # noqa: E402
+    Entry,
+    Results,
+    curve_of,
+    digest,
+    expand,
+    heat_map_of,
+    parse_grid,
+    skip_entries,
+)
 from q3d_plugin.bench import Bench, file_hash, open_bench  # noqa: E402
 from q3d_plugin.errors import Q3DError  # noqa: E402
 from q3d_plugin.recipe import Recipe  # noqa: E402
@@ -58,7 +68,27 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--fresh', action='store_true', help='begin anew, whatever results there are')
     args = parser.parse_args(argv)
     command.at_least(args, 1, 'frames', 'calibration_frames')
+    command.at_least(args, 0, 'random')
+    if not args.grid and not args.skip_curve:
+        raise Q3DError(
+            '--grid: missing; weight.bits=8,4 or a file would work, or --skip-curve sensitivity.json'
+        )
     return args
+
+
+def all_entries(args: argparse.Namespace, grid: Dict, named: List, base: Recipe) -> List[Entry]:
+    """The recipes of the grid, then those of the curve."""
+    entries = expand(base, grid, named) if args.grid else []
+    if args.skip_curve:
+        try:
+            lengths = [int(n) for n in args.lengths.split(',')]
+        except ValueError:
+            raise Q3DError(
+                f'--lengths: {args.lengths!r} was given; numbers such as 0,5,20 would work'
+            ) from None
+        content = files.read_json(Path(args.skip_curve), '--skip-curve')
+        entries += skip_entries(base, content, lengths, args.random, args.skip_curve)
+    return entries
 
 
 def measure_l1(bench: Bench, args: argparse.Namespace) -> Callable[[], Dict[str, Any]]:
@@ -105,6 +135,10 @@ def draw(content: Dict[str, Any], metric: str, out: Path) -> None:
             reference = (content.get('float') or {}).get(measure)
             title = measure + (f' (float {reference:.4f})' if reference is not None else '')
             files.write_bytes(out / f'{measure}.png', charts.heat_map(*found, title))
+        lines = curve_of(content['entries'], measure)
+        if lines:
+            reference = (content.get('float') or {}).get(measure)
+            files.write_bytes(out / f'skip_{measure}.png', charts.metric_curve(lines, measure, reference))
 
 
 def run(argv: Optional[List[str]] = None) -> int:
@@ -120,7 +154,7 @@ def run(argv: Optional[List[str]] = None) -> int:
     if args.calibration_frames:
         calibration = dataclasses.replace(base.calibration, frames=args.calibration_frames)
         base = dataclasses.replace(base, calibration=calibration)
-    entries = expand(base, grid, named)
+    entries = all_entries(args, grid, named, base)
     for entry in entries:
         # Patterns that match nothing, before anything long begins.
         try:

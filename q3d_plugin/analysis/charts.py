@@ -2,12 +2,12 @@
 
 import io
 import math
-from collections.abc import Sequence
-from typing import Any, Dict, List, Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, Dict, List, Optional, Tuple
 
 from q3d_plugin.errors import Q3DError
 
-__all__ = ['figure', 'heat_map', 'png', 'sensitivity_chart', 'skip_curve']
+__all__ = ['figure', 'heat_map', 'metric_curve', 'png', 'sensitivity_chart', 'skip_curve']
 
 
 def figure(width: float, height: float):
@@ -76,6 +76,32 @@ def skip_curve(errors: Sequence[float], budget: float) -> bytes:
     axes.set_ylabel('relative L1 of the outputs')
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
+    return png(made)
+
+
+def metric_curve(
+    lines: Mapping[str, Sequence[Tuple[int, float]]], measure: str, reference: Optional[float] = None
+) -> bytes:
+    """A metric against the number of layers that are left float; lines of one point are marks.
+
+    Args:
+        lines: Name -> pairs of skipped layers and value; names that begin alike have one colour.
+        measure: Name of the metric.
+        reference: That of the float model, drawn as a line across.
+    """
+    made, axes = figure(7, 4)
+    colours: Dict[str, str] = {}
+    for name, points in lines.items():
+        group = name.rstrip(' 0123456789')
+        label = None if group in colours else group
+        colour = colours.setdefault(group, f'C{len(colours)}')
+        style = '*' if len(points) == 1 else 'o-'
+        axes.plot(*zip(*points), style, color=colour, label=label, markersize=12 if style == '*' else 4)
+    if reference is not None:
+        axes.axhline(reference, color='grey', linestyle='--', label='float')
+    axes.set_xlabel('layers left float')
+    axes.set_ylabel(measure)
+    axes.legend()
     return png(made)
 
 

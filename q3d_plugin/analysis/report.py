@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional
 
 from q3d_plugin.analysis import charts, files
 from q3d_plugin.analysis.nuscenes import RINGS, Detections, ap_by_distance, frame_from_above
-from q3d_plugin.analysis.sweep import heat_map_of
+from q3d_plugin.analysis.sweep import curve_of, heat_map_of
 from q3d_plugin.errors import Q3DError
 
 __all__ = ['Run', 'build', 'find_run', 'metrics_of']
@@ -274,6 +274,10 @@ def _sweep(run: Run) -> str:
         found = heat_map_of(entries, measure)
         if found is not None:
             out += _image(charts.heat_map(*found, measure), f'{measure} of the sweep')
+        lines = curve_of(entries, measure)
+        if lines:
+            reference = (run.sweep.get('float') or {}).get(measure)
+            out += _image(charts.metric_curve(lines, measure, reference), f'{measure} against skipped layers')
     rows = [[e['name'], *((e.get('result') or {}).get(m) for m in measures)] for e in entries]
     return out + _table(['recipe', *measures], rows, len(measures))
 

@@ -372,7 +372,7 @@ class SkipList:
     """Layers to leave float, and the error that remains.
 
     Attributes:
-        names: In the order in which they were chosen.
+        names: The most harmful first.
         errors: Relative L1 of the raw outputs with the first 0, 1, 2, ... of them float.
         budget: What the error had to come down to.
         kept: Whether it did.
@@ -406,11 +406,11 @@ def choose_skips(
 ) -> SkipList:
     """Chooses layers to leave float until the error of the outputs is within a budget, as few as it can.
 
-    Layers mend and spoil each other's errors, so a list cut from the ranking is longer than it has to be.
-    Here everything but the list is quantized, and the layer that joins the list is, of the next
-    ``candidates`` in the ranking, the one without which the remaining error is least. That choice is made on
-    the first frames; whether the budget is kept is measured on all of them. In the end each chosen layer is
-    tried quantized again, and stays so where the budget is still kept.
+    Layers hide and mend each other's errors: while one of two layers in a row spoils everything, leaving the
+    other one float changes nothing, so a list cannot be grown by what the next layer improves. It is made too
+    long first (the shortest head of the ranking that keeps the budget, by bisection) and then given back
+    layer by layer, each time the one that, quantized again, does least harm. The choice is made on the first
+    frames; whether the budget is kept is measured on all of them.
 
     Args:
         switch: Of the model.
@@ -419,50 +419,55 @@ def choose_skips(
         ranking: Names, the most harmful first.
         budget: Relative L1 of the raw outputs.
         most: The longest list.
-        candidates: How many to try at each step; 1 takes the ranking as it is.
+        candidates: While the list is too long, how many of its least harmful layers are tried at each step.
         trial_frames: How many frames the choice among them is made on.
         progress: Whether to show a progress bar.
     """
     everything = set(switch.names)
     references = float_outputs(switch, replay.forward, batches)
-
-    def best_of(variants: Mapping[str, Collection[str]], base: Collection[str]) -> str:
-        if len(variants) == 1:
-            return next(iter(variants))
-        found, _ = output_errors(switch, replay, batches[:trial_frames], variants, base, references)
-        return min(variants, key=lambda name: _cost(found[name]))
+    measured: Dict[Collection[str], OutputError] = {}
 
     def error_of(names: Sequence[str]) -> OutputError:
-        return _output_error(switch, replay.forward, batches, everything.difference(names), references)
+        key = frozenset(names)
+        if key not in measured:
+            quantized = everything.difference(key)
+            measured[key] = _output_error(switch, replay.forward, batches, quantized, references)
+        bar.set_postfix(float=len(key), error=measured[key].relative_l1)
+        bar.update()
+        return measured[key]
 
-    out, remaining = SkipList(budget=budget), list(ranking)
-    error = error_of(())
-    out.errors.append(error.relative_l1)
-    with tqdm(total=most, desc='skip list', unit='layer', disable=not progress) as bar:
-        while _cost(error) > (0, budget) and remaining and len(out.names) < most:
-            quantized = everything.difference(out.names)
-            tried = remaining[:candidates]
-            best = best_of({name: quantized - {name} for name in tried}, quantized)
-            out.names.append(best)
-            remaining.remove(best)
-            error = error_of(out.names)
-            out.errors.append(error.relative_l1)
-            bar.set_postfix(error=error.relative_l1)
+    def kept(names: Sequence[str]) -> bool:
+        return _cost(error_of(names)) <= (0, budget)
+
+    def given_back(names: List[str], tried: Sequence[str]) -> List[str]:
+        """``names`` without the one of ``tried`` that does least harm when it is quantized."""
+        best = tried[0]
+        if len(tried) > 1:
+            base = everything.difference(names)
+            variants = {n: base | {n} for n in tried}
+            found, _ = output_errors(switch, replay, batches[:trial_frames], variants, base, references)
+            best = min(tried, key=lambda n: _cost(found[n]))
+        return [n for n in names if n != best]
+
+    with tqdm(desc='skip list', unit='pass', disable=not progress) as bar:
+        low, high = -1, 0
+        while high < len(ranking) and not kept(ranking[:high]):
+            low, high = high, min(max(1, 2 * high), len(ranking))
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if kept(ranking[:middle]) else (middle, high)
+        names = list(ranking[:high])
+        while len(names) > most:
+            names = given_back(names, names[-candidates:])
             bar.update()
-        out.kept = _cost(error) <= (0, budget)
-        while out.kept and len(out.names) > 1:
-            bar.set_description('shorter list')
-            quantized = everything.difference(out.names)
-            # The last one was needed for the budget.
-            best = best_of({n: quantized | {n} for n in out.names[:-1]}, quantized)
-            shorter = [n for n in out.names if n != best]
-            error = error_of(shorter)
-            if _cost(error) > (0, budget):
+        keeps = kept(names)
+        while keeps and names:
+            shorter = given_back(names, names)
+            if not kept(shorter):
                 break
-            # The errors on the way there are others now; that of the whole list is measured.
-            out.names = shorter
-            out.errors = [*out.errors[: len(shorter)], error.relative_l1]
-    return out
+            names = shorter
+        errors = [error_of(names[:i]).relative_l1 for i in range(len(names) + 1)]
+    return SkipList(names=names, errors=errors, budget=budget, kept=keeps)
 
 
 @torch.no_grad()

@@ -11,11 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import numpy as np
+
 from q3d_plugin.analysis import files
 from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.recipe import Recipe
 
-__all__ = ['Entry', 'Results', 'changed', 'expand', 'heat_map_of', 'known_keys', 'parse_grid', 'read_plan']
+__all__ = [
+    'Entry',
+    'Results',
+    'changed',
+    'curve_of',
+    'expand',
+    'heat_map_of',
+    'known_keys',
+    'parse_grid',
+    'read_plan',
+    'skip_entries',
+]
 
 BASE = 'base'
 """As a value: what the config's recipe has."""
@@ -29,11 +42,13 @@ class Entry:
         name: For tables.
         values: What differs from the base recipe: dotted key -> value; empty for a named recipe.
         recipe: Validated.
+        curve: Of recipes with a skip list: ``line`` (how it was chosen) and ``skipped`` (how many layers).
     """
 
     name: str
     values: Dict[str, Any]
     recipe: Recipe
+    curve: Optional[Dict[str, Any]] = None
 
 
 def known_keys() -> List[str]:
@@ -241,6 +256,70 @@ def expand(base: Recipe, grid: Mapping[str, Sequence[Any]], named: Sequence[Mapp
     return entries
 
 
+PROPOSED = 'proposed by sensitivity'
+BY_RANK = 'the most harmful'
+AT_RANDOM = 'at random'
+
+
+def skip_entries(
+    base: Recipe, sensitivity: Mapping[str, Any], lengths: Sequence[int], draws: int, place: str
+) -> List[Entry]:
+    """Recipes that leave more and more layers float: by the ranking, and at random to compare.
+
+    Args:
+        base: What the other layers have.
+        sensitivity: Content of ``sensitivity.json``.
+        lengths: How many layers.
+        draws: How many random orders.
+        place: The file, for messages.
+
+    Raises:
+        Q3DError: The file ranks no layers.
+    """
+    rows = sensitivity.get('rows') if isinstance(sensitivity, Mapping) else None
+    if not rows or not all('name' in row and 'kind' in row for row in rows):
+        raise Q3DError(
+            f'--skip-curve: {place!r} ranks no layers; sensitivity.json of tools/sensitivity.py does'
+        )
+    names = [row['name'] for row in rows]
+    orders = [(BY_RANK, names)]
+    for seed in range(draws):
+        order = np.random.default_rng(seed).permutation(len(names))
+        orders.append((f'{AT_RANDOM} {seed}', [names[i] for i in order]))
+    lists = [(line, order[:n]) for n in dict.fromkeys(lengths) for line, order in orders if n <= len(names)]
+    proposed = (sensitivity.get('skip') or {}).get('names')
+    if proposed:
+        lists.append((PROPOSED, proposed))
+    entries, seen = [], set()
+    for line, skipped in lists:
+        recipe = dataclasses.replace(base, skip=(*base.skip, *sorted(skipped)))
+        title = f'{len(skipped)} layers float, {line}' if skipped else 'none left float'
+        if recipe.skip not in seen:
+            entries.append(Entry(title, {}, recipe, {'line': line, 'skipped': len(skipped)}))
+        seen.add(recipe.skip)
+    return entries
+
+
+def curve_of(entries: Sequence[Mapping[str, Any]], measure: str) -> Dict[str, List[Tuple[int, float]]]:
+    """The lines of the curve of :func:`skip_entries`: name -> sorted pairs of skipped layers and value.
+
+    Args:
+        entries: Of :attr:`Results.content`.
+        measure: A key of the results, such as ``'mAP'``.
+    """
+    lines: Dict[str, List[Tuple[int, float]]] = {}
+    for entry in entries:
+        curve, value = entry.get('curve'), (entry.get('result') or {}).get(measure)
+        if curve is not None and value is not None:
+            lines.setdefault(curve['line'], []).append((curve['skipped'], value))
+    # All orders begin with nothing skipped, which is measured once.
+    start = next((p for p in lines.get(BY_RANK, ()) if p[0] == 0), None)
+    for line, points in lines.items():
+        if start is not None and line.startswith(AT_RANDOM):
+            points.append(start)
+    return {line: sorted(points) for line, points in lines.items()}
+
+
 def digest(content: Any) -> str:
     """SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
@@ -305,6 +384,8 @@ class Results:
         plain = json.loads(json.dumps(entry.recipe.to_dict()))
         self.content['entries'] = [e for e in self.content['entries'] if e['recipe'] != plain]
         made = {'name': entry.name, 'values': entry.values, 'recipe': plain, 'result': result}
+        if entry.curve is not None:
+            made['curve'] = entry.curve
         self.content['entries'].append({**made, 'seconds': round(seconds, 2), 'error': error})
         files.write_json(self.path, self.content)
 
@@ -323,7 +404,7 @@ def heat_map_of(
     Returns:
         tuple: None where there are not two results with that measure.
     """
-    entries = [e for e in entries if (e.get('result') or {}).get(measure) is not None]
+    entries = [e for e in entries if (e.get('result') or {}).get(measure) is not None and not e.get('curve')]
     if len(entries) < 2:
         return None
     of_grid = [e for e in entries if e['values']]

@@ -1,7 +1,15 @@
 """Quantized modules. Importing this room makes every layer type known that is installed here."""
 
-from q3d_plugin.layers import dense
-from q3d_plugin.layers.base import REGISTRY, InputGroup, QuantUnit, QuantWeightLayer, converted, why_not
+from q3d_plugin.layers import attention, dense
+from q3d_plugin.layers.base import (
+    REGISTRY,
+    InputGroup,
+    QuantUnit,
+    QuantWeightLayer,
+    converted,
+    is_converted,
+    why_not,
+)
 from q3d_plugin.layers.elementwise import QuantAdd, QuantConcat
 
 try:
@@ -16,8 +24,10 @@ __all__ = [
     'QuantUnit',
     'QuantWeightLayer',
     'REGISTRY',
+    'attention',
     'converted',
     'dense',
+    'is_converted',
     'sparse',
     'why_not',
 ]

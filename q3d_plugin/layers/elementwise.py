@@ -15,15 +15,29 @@ class QuantAdd(QuantUnit):
 
     The study (part B) and NVIDIA's CUDA-BEVFusion quantize the additions of residual blocks in this way; it
     avoids a conversion of precision around the addition.
+
+    Args:
+        before_relu: Whether a ReLU follows. Statistics are then those of the places where the sum is
+            positive. Elsewhere the result is 0, and stays 0 whatever the range: ``clip`` is odd and never
+            decreases, so ``a <= -b`` gives ``clip(a) <= -clip(b)``. (The branch of a residual block has large
+            negative values that the ReLU removes; a range that covers them wastes half of the integers.)
     """
 
     kind = 'Add'
 
-    def __init__(self) -> None:
+    def __init__(self, before_relu: bool = False) -> None:
         super().__init__()
         self._init_unit()
+        self.before_relu = before_relu
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        quantizer = self.input_quantizer
+        if self.before_relu and quantizer is not None and quantizer.observing:
+            total = a + b
+            kept = ~(total <= 0)  # so that NaN is kept, and found
+            quantizer(a[kept])
+            quantizer(b[kept])
+            return total
         return self.quantize_input(a) + self.quantize_input(b)
 
 

@@ -2,21 +2,27 @@
 arguments.
 
 To add one: a line in :data:`PARTS`; where the forward pass adds or concatenates, or several layers read the
-same tensor, a ``setup_quant`` or a forward of its own above it.
+same tensor, a ``setup_quant`` or a forward of its own above it. Types of mmdet that MMDetection3D's detectors
+use (``mmdet.ResNet``) get their Quant type in MMDetection3D's registry (``QuantResNet``).
 """
 
-from typing import Dict, NamedTuple, Optional, Type
+from typing import Dict, NamedTuple, Optional, Tuple, Type
 
 import mmdet3d.models  # noqa: F401  (fills the registry)
+from mmdet.models.backbones import resnet, resnext
+from mmdet3d.models.backbones import dla
 from mmdet3d.models.dense_heads.centerpoint_head import SeparateHead
 from mmdet3d.models.layers.sparse_block import SparseBasicBlock, replace_feature
+from mmdet3d.models.necks.imvoxel_neck import ResModule
 from mmdet3d.registry import MODELS
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from q3d_plugin.layers import QuantAdd, QuantConcat
+from q3d_plugin.mmdet3d import mmcv_sparse  # noqa: F401  (makes its layers known)
 from q3d_plugin.transforms.insert import first_layer, quantize_, share_input
 
-__all__ = ['PARTS', 'Part', 'register_parts']
+__all__ = ['BLOCKS', 'PARTS', 'Part', 'quant_name', 'register_parts']
 
 
 class QuantSparseBasicBlock(SparseBasicBlock):
@@ -24,7 +30,7 @@ class QuantSparseBasicBlock(SparseBasicBlock):
 
     def setup_quant(self) -> None:
         """Makes the addition and shares the block's input."""
-        self.add = QuantAdd()
+        self.add = QuantAdd(before_relu=True)
         if self.downsample is not None:
             share_input([self.conv1, first_layer(self.downsample)])
 
@@ -37,6 +43,59 @@ class QuantSparseBasicBlock(SparseBasicBlock):
         identity = x.features if self.downsample is None else self.downsample(x).features
         out = replace_feature(out, self.add(out.features, identity))
         return replace_feature(out, self.relu(out.features))
+
+
+class _ResNetBlock:
+    """Residual blocks of mmdet's ResNets: the addition has one quantizer for both inputs, and the shortcut's
+    convolution shares that of the block's input (STUDY part B)."""
+
+    def setup_quant(self) -> None:
+        self.add = QuantAdd()
+        # Where the shortcut begins with a pooling, its convolution reads another tensor.
+        if self.downsample is not None and first_layer(self.downsample) is self.downsample[0]:
+            share_input([self.conv1, self.downsample[0]])
+
+    def forward(self, x: Tensor) -> Tensor:
+        def residual(x: Tensor) -> Tensor:
+            return self.add(self._branch(x), x if self.downsample is None else self.downsample(x))
+
+        if self.with_cp and x.requires_grad:
+            return self.relu(checkpoint.checkpoint(residual, x, use_reentrant=False))
+        return self.relu(residual(x))
+
+    def _branch(self, x: Tensor) -> Tensor:
+        """What is added to the shortcut."""
+        numbers = [i for i in (1, 2, 3) if hasattr(self, f'conv{i}')]
+        for i in numbers:
+            x = getattr(self, f'norm{i}')(getattr(self, f'conv{i}')(x))
+            x = x if i == numbers[-1] else self.relu(x)
+            if getattr(self, 'with_plugins', False):
+                x = self.forward_plugin(x, getattr(self, f'after_conv{i}_plugin_names'))
+        return x
+
+
+class _DLABlock:
+    """Residual block of DLANet: its shortcut is made by the tree that it stands in."""
+
+    def setup_quant(self) -> None:
+        self.add = QuantAdd()
+
+    def forward(self, x: Tensor, identity: Optional[Tensor] = None) -> Tensor:
+        out = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
+        return self.relu(self.add(out, x if identity is None else identity))
+
+
+class _ImVoxelBlock:
+    """Residual block of ImVoxelNet's necks."""
+
+    def setup_quant(self) -> None:
+        self.add = QuantAdd()
+        if self.stride != 1:
+            share_input([first_layer(self.conv0), first_layer(self.downsample)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(self.conv0(x))
+        return self.activation(self.add(out, self.downsample(x) if self.stride != 1 else x))
 
 
 class _SECONDFPNForward:
@@ -72,25 +131,107 @@ class Part(NamedTuple):
     Attributes:
         base: Name of the float type in MMDetection3D's registry.
         mixin: What its Quant type adds: ``setup_quant``, or a forward of its own.
+        children: Of a detector, the children that are parts of no registry, and so are quantized by its own
+            Quant type; empty where everything below the part is quantized.
     """
 
     base: str
     mixin: Optional[Type] = None
+    children: Tuple[str, ...] = ()
 
 
 PARTS = (
-    Part('SparseEncoder'),
+    # Voxel encoders and middle encoders
     Part('PillarFeatureNet'),
     Part('DynamicPillarFeatureNet'),
     Part('HardVFE'),
     Part('DynamicVFE'),
+    Part('SegVFE'),
+    Part('PointFusion'),
+    Part('SparseEncoder'),
+    Part('SparseEncoderSASSD'),
+    Part('SparseUNet'),
+    Part('VoxelSetAbstraction'),
+    # Backbones
     Part('SECOND'),
+    Part('NoStemRegNet'),
+    Part('mmdet.ResNet'),
+    Part('mmdet.ResNeXt'),
+    Part('mmdet.RegNet'),
+    Part('DLANet'),
+    Part('PointNet2SASSG'),
+    Part('PointNet2SAMSG'),
+    Part('MultiBackbone'),
+    Part('DGCNNBackbone'),
+    Part('Asymm3DSpconv'),
+    Part('MinkUNetBackbone'),
+    # Necks
     Part('SECONDFPN', _SECONDFPNForward),
+    Part('mmdet.FPN'),
+    Part('DLANeck'),
+    Part('PointNetFPNeck'),
+    Part('IndoorImVoxelNeck'),
+    Part('OutdoorImVoxelNeck'),
+    # Dense heads
     Part('CenterHead', _SharedBranches),
     Part('Anchor3DHead', _SharedAnchorBranches),
+    Part('FreeAnchor3DHead', _SharedAnchorBranches),
+    Part('PartA2RPNHead', _SharedAnchorBranches),
+    Part('ImVoxelHead'),
+    Part('ShapeAwareHead'),
+    Part('SSD3DHead'),
+    Part('VoteHead'),
+    Part('PointRPNHead'),
+    Part('GroupFree3DHead'),
+    Part('FCOSMono3DHead'),
+    Part('PGDHead'),
+    Part('SMOKEMono3DHead'),
+    Part('MonoFlexHead'),
+    Part('mmdet.RPNHead'),
+    # Heads of the second stage
+    Part('PartA2BboxHead'),
+    Part('PointRCNNBboxHead'),
+    Part('PVRCNNBBoxHead'),
+    Part('Batch3DRoIGridExtractor'),
+    Part('H3DBboxHead'),
+    Part('PrimitiveHead'),
+    Part('PointwiseSemanticHead'),
+    Part('ForegroundSegmentationHead'),
+    Part('mmdet.Shared2FCBBoxHead'),
+    # Segmentation heads
+    Part('PointNet2Head'),
+    Part('PAConvHead'),
+    Part('DGCNNHead'),
+    Part('Cylinder3DHead'),
+    Part('MinkUNetHead'),
+    # A detector with a layer of its own
+    Part('ImVoteNet', children=('img_mlp',)),
 )
 
-BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {SparseBasicBlock: QuantSparseBasicBlock}
+
+def _block(base: Type[nn.Module], mixin: Type) -> Type[nn.Module]:
+    return type(f'Quant{base.__name__}', (mixin, base), {'__module__': __name__})
+
+
+BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {
+    SparseBasicBlock: QuantSparseBasicBlock,
+    resnet.BasicBlock: _block(resnet.BasicBlock, _ResNetBlock),
+    resnet.Bottleneck: _block(resnet.Bottleneck, _ResNetBlock),
+    resnext.Bottleneck: _block(resnext.Bottleneck, _ResNetBlock),
+    dla.BasicBlock: _block(dla.BasicBlock, _DLABlock),
+    ResModule: _block(ResModule, _ImVoxelBlock),
+}
+"""Float block class -> quantized block class."""
+
+
+def quant_name(base: str) -> str:
+    """The name under which the Quant type of ``base`` is registered.
+
+    Examples:
+        >>> quant_name('SECOND'), quant_name('mmdet.ResNet')
+        ('QuantSECOND', 'QuantResNet')
+    """
+    return f'Quant{base.rpartition(".")[2]}'
 
 
 def _quant_type(part: Part, base: Type[nn.Module]) -> Type[nn.Module]:
@@ -98,18 +239,18 @@ def _quant_type(part: Part, base: Type[nn.Module]) -> Type[nn.Module]:
 
     def __init__(self, *args, **kwargs):
         base.__init__(self, *args, **kwargs)
-        quantize_(self, BLOCKS)
+        children = [getattr(self, name, None) for name in part.children]
+        for root in (child for child in children if child is not None) if part.children else (self,):
+            quantize_(root, BLOCKS)
 
     doc = f'``{base.__name__}`` with quantized layers and BatchNorm folded; takes the same arguments.'
-    name = f'Quant{base.__name__}'
-    return type(name, bases, {'__init__': __init__, '__doc__': doc, '__module__': __name__})
+    return type(quant_name(part.base), bases, {'__init__': __init__, '__doc__': doc, '__module__': __name__})
 
 
 def register_parts() -> None:
     """Registers a Quant type for every line of :data:`PARTS`; harmless when called again."""
     for part in PARTS:
-        base = MODELS.get(part.base)
-        name = f'Quant{part.base}'
+        base, name = MODELS.get(part.base), quant_name(part.base)
         if base is not None and MODELS.get(name) is None:
             cls = _quant_type(part, base)
             globals()[name] = cls

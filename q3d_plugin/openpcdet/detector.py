@@ -55,7 +55,7 @@ class QuantDetectorMixin:
         self._q3d_saved = set()
         self._q3d_logger = getattr(dataset, 'logger', None) or logging.getLogger('q3d_plugin')
         with upper_case_paths():
-            recipe.check_patterns([name for name, _ in lifecycle.units(self)], PATH)
+            lifecycle.check_patterns(self, recipe, PATH)
         lifecycle.configure(self, recipe)
         self.register_buffer(RECIPE_KEY, pack_recipe(recipe))
 

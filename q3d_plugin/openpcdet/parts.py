@@ -28,6 +28,10 @@ REGISTRIES = {
     'DENSE_HEAD': 'pcdet.models.dense_heads',
     'POINT_HEAD': 'pcdet.models.dense_heads',
     'ROI_HEAD': 'pcdet.models.roi_heads',
+    'IMAGE_BACKBONE': 'pcdet.models.backbones_image',
+    'NECK': 'pcdet.models.backbones_image.img_neck',
+    'VTRANSFORM': 'pcdet.models.view_transforms',
+    'FUSER': 'pcdet.models.backbones_2d.fuser',
 }
 """Section of a model's config (NAME: the detector) -> the module whose ``__all__`` has its types by name."""
 
@@ -36,7 +40,7 @@ class _Residual:
     """Residual block: its addition has one quantizer for both inputs, and the shortcut shares the input's."""
 
     def setup_quant(self) -> None:
-        self.add = QuantAdd()
+        self.add = QuantAdd(before_relu=True)
         if self._shortcut() is not None:
             share_input(self.input_layers())
 
@@ -184,6 +188,7 @@ PARTS = (
     Part('VFE', 'DynPillarVFE'),
     Part('VFE', 'DynamicPillarVFESimple2D'),
     Part('VFE', 'DynamicVoxelVFE'),
+    Part('VFE', 'ImageVFE'),
     Part('BACKBONE_3D', 'VoxelBackBone8x'),
     Part('BACKBONE_3D', 'VoxelResBackBone8x'),
     Part('BACKBONE_3D', 'VoxelResBackBone8xVoxelNeXt'),
@@ -191,7 +196,12 @@ PARTS = (
     Part('BACKBONE_3D', 'PillarBackBone8x'),
     Part('BACKBONE_3D', 'PillarRes18BackBone8x'),
     Part('BACKBONE_3D', 'UNetV2'),
+    Part('BACKBONE_3D', 'VoxelBackBone8xFocal'),
+    Part('BACKBONE_3D', 'PointNet2Backbone'),
+    Part('BACKBONE_3D', 'PointNet2MSG'),
+    Part('BACKBONE_3D', 'DSVT'),
     Part('MAP_TO_BEV', 'Conv2DCollapse'),
+    Part('PFE', 'VoxelSetAbstraction'),
     Part('BACKBONE_2D', 'BaseBEVBackbone', _BEVForward),
     Part('BACKBONE_2D', 'BaseBEVBackboneV1', _TwoLevelForward),
     Part('BACKBONE_2D', 'BaseBEVResBackbone', _BEVForward),
@@ -199,6 +209,21 @@ PARTS = (
     Part('DENSE_HEAD', 'AnchorHeadMulti', _SharedAnchorHeads),
     Part('DENSE_HEAD', 'CenterHead', _SharedBranches),
     Part('DENSE_HEAD', 'VoxelNeXtHead', _SharedBranches),
+    Part('DENSE_HEAD', 'TransFusionHead'),
+    Part('POINT_HEAD', 'PointHeadSimple'),
+    Part('POINT_HEAD', 'PointHeadBox'),
+    Part('POINT_HEAD', 'PointIntraPartOffsetHead'),
+    Part('ROI_HEAD', 'SECONDHead'),
+    Part('ROI_HEAD', 'PartA2FCHead'),
+    Part('ROI_HEAD', 'PVRCNNHead'),
+    Part('ROI_HEAD', 'PointRCNNHead'),
+    Part('ROI_HEAD', 'VoxelRCNNHead'),
+    Part('ROI_HEAD', 'MPPNetHead'),
+    Part('ROI_HEAD', 'MPPNetHeadE2E'),
+    Part('IMAGE_BACKBONE', 'SwinTransformer'),
+    Part('NECK', 'GeneralizedLSSFPN'),
+    Part('VTRANSFORM', 'DepthLSSTransform'),
+    Part('FUSER', 'ConvFuser'),
 )
 
 # Where a residual block or the like stands, relative to pcdet.models, and what its quantized type adds.
@@ -221,8 +246,16 @@ def registry_of(section: str) -> Dict[str, Type[nn.Module]]:
 
     Args:
         section: A key of :data:`REGISTRIES`.
+
+    Returns:
+        dict: Types by name; empty where the OpenPCDet at hand has no such section.
     """
-    return importlib.import_module(REGISTRIES[section]).__all__
+    try:
+        return importlib.import_module(REGISTRIES[section]).__all__
+    except ModuleNotFoundError as error:
+        if error.name is None or not REGISTRIES[section].startswith(error.name):
+            raise
+        return {}
 
 
 def _find_blocks() -> None:

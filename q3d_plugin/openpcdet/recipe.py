@@ -10,7 +10,15 @@ from typing import Any, Dict, Optional
 import yaml
 
 from q3d_plugin.errors import Q3DError, near_matches
-from q3d_plugin.recipe import ActivationSpec, CalibrationSpec, Override, Recipe, WeightSpec
+from q3d_plugin.recipe import (
+    ActivationSpec,
+    CalibrationSpec,
+    Override,
+    Recipe,
+    SmoothOverride,
+    SmoothQuantSpec,
+    WeightSpec,
+)
 
 __all__ = [
     'PATH',
@@ -24,7 +32,12 @@ __all__ = [
 PATH = 'MODEL.QUANT'
 """Where the recipe stands in the YAML file."""
 
-_SECTIONS = {'weight': WeightSpec, 'activation': ActivationSpec, 'calibration': CalibrationSpec}
+_SECTIONS = {
+    'weight': WeightSpec,
+    'activation': ActivationSpec,
+    'calibration': CalibrationSpec,
+    'smoothquant': SmoothQuantSpec,
+}
 
 
 @contextlib.contextmanager
@@ -85,6 +98,13 @@ def recipe_from(given: Optional[Mapping]) -> Recipe:
                 if item.get(key) is not None:
                     item[key] = _lowered(item[key], f'{path}.{key.upper()}', _SECTIONS[key])
             recipe['overrides'].append(item)
+    smooth = recipe.get('smoothquant')
+    overrides = None if smooth is None else smooth.get('overrides')
+    if isinstance(overrides, Sequence) and not isinstance(overrides, str):
+        smooth['overrides'] = [
+            _lowered(item, f'{PATH}.SMOOTHQUANT.OVERRIDES[{i}]', SmoothOverride)
+            for i, item in enumerate(overrides)
+        ]
     with upper_case_paths():
         return Recipe.from_dict(recipe, PATH)
 

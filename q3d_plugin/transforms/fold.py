@@ -18,6 +18,7 @@ from q3d_plugin.layers import QuantWeightLayer, why_not
 __all__ = ['Fold', 'find_pairs', 'fold_', 'fold_state_dict', 'norm_keys']
 
 _NORM_NAMES = {'conv': ('bn', 'norm'), 'linear': ('norm', 'bn'), 'fc': ('bn', 'norm')}
+_ACTIVATIONS = ('torch.nn.modules.activation', 'mmcv.cnn.bricks.activation')
 _NORM_STATE = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 
 
@@ -53,7 +54,14 @@ def _named_pairs(module: nn.Module) -> List[Tuple[str, str]]:
             if name.startswith(stem) and (name == stem or name[len(stem) :].isdigit()):
                 suffix = name[len(stem) :]
                 pairs += [(name, norm + suffix) for norm in norms if norm + suffix in module._modules][:1]
-    return pairs
+    # Cylinder3D's blocks normalize behind the activation: they have conv1, act1 and bn1, in this order.
+    return [(layer, norm) for layer, norm in pairs if not _activation_between(module, layer, norm)]
+
+
+def _activation_between(module: nn.Module, layer: str, norm: str) -> bool:
+    names = list(module._modules)
+    between = [module._modules[n] for n in names[names.index(layer) + 1 : names.index(norm)]]
+    return any(type(m).__module__ in _ACTIVATIONS for m in between)
 
 
 def find_pairs(root: nn.Module) -> List[Tuple[str, str]]:
@@ -74,7 +82,10 @@ def find_pairs(root: nn.Module) -> List[Tuple[str, str]]:
         places[id(module)] = places.get(id(module), 0) + 1
     pairs = []
     for prefix, module in root.named_modules():
-        sequential = isinstance(module, nn.Sequential) or type(module).__name__ == 'SparseSequential'
+        # spconv's is no nn.Sequential, and OpenPCDet derives from it.
+        sequential = isinstance(module, nn.Sequential) or any(
+            c.__name__ == 'SparseSequential' for c in type(module).__mro__
+        )
         for layer_name, norm_name in (_sequential_pairs if sequential else _named_pairs)(module):
             layer, norm = module._modules[layer_name], module._modules[norm_name]
             if layer is None or not isinstance(norm, _BatchNorm) or not norm.track_running_stats:

@@ -1,12 +1,13 @@
 """Puts the quantized structure in place of the float one, when a framework builds a module."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import List, Type
 
 from torch import nn
 
 from q3d_plugin.layers import InputGroup, QuantUnit, QuantWeightLayer, converted, why_not
-from q3d_plugin.recipe import ActivationSpec, LayerPlan, Recipe, WeightSpec
+from q3d_plugin.recipe import ActivationSpec, LayerPlan, Recipe, SmoothSpec, WeightSpec
 from q3d_plugin.transforms.fold import find_pairs, fold_, fold_state_dict
 
 __all__ = ['quantize_', 'share_input']
@@ -103,7 +104,14 @@ def _adopt_quantizers(root: nn.Module, state_dict: Mapping, prefix: str) -> None
         amax = state_dict.get(f'{prefix}{name}.input_quantizer._amax')
         # Layers that read the same tensor may have had recipes, and so ranges, of their own.
         ranges = shared.setdefault(None if amax is None else float(amax), {})
-        unit.apply_plan(LayerPlan(specs['weight'], specs['input'], reason), prefix + name, ranges)
+        # What a smoothed layer does with its input is in its buffers.
+        smooth = None
+        for key, mode in (('smooth_scale', 'static'), ('smooth_weight', 'dynamic')):
+            if f'{prefix}{name}.{key}' in state_dict:
+                alpha = float(state_dict[f'{prefix}{name}.smooth_alpha'])
+                smooth = SmoothSpec(None if math.isnan(alpha) else alpha, mode, ())
+        plan = LayerPlan(specs['weight'], specs['input'], reason, smooth)
+        unit.apply_plan(plan, prefix + name, ranges)
 
 
 def first_layer(module: nn.Module) -> nn.Module:

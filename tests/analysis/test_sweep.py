@@ -4,7 +4,19 @@ import json
 
 import pytest
 
-from q3d_plugin.analysis.sweep import Results, changed, expand, heat_map_of, known_keys, parse_grid
+from q3d_plugin.analysis.sweep import (
+    AT_RANDOM,
+    BY_RANK,
+    PROPOSED,
+    Results,
+    changed,
+    curve_of,
+    expand,
+    heat_map_of,
+    known_keys,
+    parse_grid,
+    skip_entries,
+)
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 
@@ -140,3 +152,42 @@ def test_map_has_every_result_in_its_place():
     assert columns == ['activation.bits=8', 'activation.bits=6', 'activation.bits=4']
     assert values == [[8.08, 8.06, 8.04], [4.08, 4.06, None]]
     assert heat_map_of(made[:1], 'mAP') is None
+
+
+def test_skip_lists_grow_along_the_ranking_and_at_random():
+    names = [f'layer{i}' for i in range(12)]
+    content = {
+        'rows': [{'name': n, 'kind': 'Conv2d'} for n in names],
+        'skip': {'names': ['layer7', 'layer2']},
+    }
+    base = Recipe.from_dict({'skip': ['neck']})
+    entries = skip_entries(base, content, [0, 2, 5, 99], 2, 'file')
+    assert all(e.recipe.skip[0] == 'neck' and e.values == {} for e in entries)
+    by_line = {}
+    for entry in entries:
+        by_line.setdefault(entry.curve['line'], {})[entry.curve['skipped']] = set(entry.recipe.skip[1:])
+    # Lists longer than the model has layers are left out; nothing skipped is one recipe for all.
+    assert by_line[BY_RANK] == {0: set(), 2: set(names[:2]), 5: set(names[:5])}
+    assert by_line[PROPOSED] == {2: {'layer7', 'layer2'}}
+    for seed in range(2):
+        lists = by_line[f'{AT_RANDOM} {seed}']
+        assert set(lists) == {2, 5} and lists[2] < lists[5] and len(lists[5]) == 5
+    assert by_line[f'{AT_RANDOM} 0'] != by_line[f'{AT_RANDOM} 1']
+    with pytest.raises(Q3DError, match='ranks no layers'):
+        skip_entries(base, {'rows': []}, [1], 1, 'file')
+    with pytest.raises(Q3DError, match='ranks no layers'):
+        skip_entries(base, {'rows': [{'name': 'pts_backbone', 'layers': 3}]}, [1], 1, 'file')
+
+
+def test_the_curve_is_kept_apart_from_the_map(tmp_path):
+    content = {'rows': [{'name': n, 'kind': 'Conv2d'} for n in 'abcd']}
+    results = Results(tmp_path / 'sweep.json', MADE_OF)
+    for i, entry in enumerate(skip_entries(Recipe(), content, [2, 0], 1, 'file')):
+        results.add(entry, {'mAP': i / 10}, 1.0)
+    for i, entry in enumerate(expand(Recipe(), *parse_grid(['weight.bits=8,4,2']))):
+        if i:
+            results.add(entry, {'mAP': 0.5}, 1.0)
+    read = Results(tmp_path / 'sweep.json', MADE_OF).content['entries']
+    assert curve_of(read, 'mAP') == {BY_RANK: [(0, 0.2), (2, 0.0)], f'{AT_RANDOM} 0': [(0, 0.2), (2, 0.1)]}
+    values, _, columns = heat_map_of(read, 'mAP')
+    assert values == [[0.5, 0.5]] and columns == ['weight.bits=4', 'weight.bits=2']

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from q3d_plugin.calibration.ranges import compute_ranges
 from q3d_plugin.layers import QuantAdd, QuantConcat, converted
 from q3d_plugin.quantizer import Quantizer
 from q3d_plugin.recipe import Recipe
@@ -95,3 +96,29 @@ def test_what_a_concatenation_has_quantized_is_not_quantized_again():
         whole.mul_(0.7)
         assert not torch.equal(conv.input_quantizer(whole), whole)
     torch.testing.assert_close(concat(parts), torch.cat([concat.input_quantizer(p) for p in parts], 1))
+
+
+def test_an_addition_before_a_relu_wastes_no_integers_on_what_the_relu_removes():
+    torch.manual_seed(0)
+    a, b = torch.randn(400) * 3, torch.rand(400)
+    a[:50] = -1000 * torch.rand(50)
+    ranges = {}
+    for before_relu in (False, True):
+        add = prepared(QuantAdd(before_relu), activation=dict(bits=8, calibrator='max'))
+        add.input_quantizer.observe()
+        assert torch.equal(add(a, b), a + b)
+        compute_ranges([add.input_quantizer])
+        ranges[before_relu] = float(add.input_quantizer._amax)
+    alive = a + b > 0
+    assert ranges[True] == pytest.approx(float(torch.stack([a, b]).abs()[:, alive].max()))
+    assert ranges[True] < ranges[False] / 50
+    # The values that are clipped are those whose sum the ReLU sets to 0: all that is left is rounding.
+    error = (add(a, b).relu() - (a + b).relu()).abs().max()
+    assert error <= ranges[True] / 127 * 1.001
+
+
+def test_an_addition_before_a_relu_still_finds_nan():
+    add = prepared(QuantAdd(before_relu=True))
+    add.input_quantizer.observe()
+    add(torch.tensor([1.0, float('nan')]), torch.tensor([1.0, -1.0]))
+    assert not add.input_quantizer.finite

@@ -50,6 +50,25 @@ def test_ptq_is_saved_and_gives_the_same_numbers_again(runner, float_checkpoint,
         assert a.mode == b.mode and torch.equal(a._amax, b._amax)
 
 
+def test_a_smoothed_model_is_saved_and_not_smoothed_again(runner, float_checkpoint, tmp_path):
+    recipe = {**RECIPE, 'smoothquant': {'alpha': 'search', 'grid': [0.5]}}
+    first = runner(float_checkpoint, recipe)
+    metrics = first.test()
+    rows = json.loads((Path(first.log_dir) / 'coverage.json').read_text())
+    smoothed = [r['smoothquant'] for r in rows if r['smoothquant']]
+    assert len(smoothed) == 108 and sum(s['explicit'] for s in smoothed) <= 1
+    assert {s['alpha'] for s in smoothed} <= {None, 0.25, 0.5, 0.75}
+
+    again = runner(saved(first.work_dir), recipe, work_dir=tmp_path / 'again')
+    repeated = again.test()
+    for key, value in metrics.items():
+        assert value == repeated[key] or (value != value and repeated[key] != repeated[key]), key
+    for (name, a), b in zip(first.model.state_dict().items(), again.model.state_dict().values()):
+        assert torch.equal(a, b) or (a.isnan() & b.isnan()).all(), name
+    with pytest.raises(Q3DError, match=r'another recipe.*recipe\.smoothquant'):
+        runner(saved(first.work_dir), RECIPE, work_dir=tmp_path / 'other').test()
+
+
 def test_the_same_frames_are_chosen_by_seed(runner, float_checkpoint):
     from q3d_plugin.mmdet3d.data import calibration_loader, frame_name
     from q3d_plugin.recipe import CalibrationSpec
@@ -222,8 +241,9 @@ def test_train_needs_qat_and_a_checkpoint(runner, float_checkpoint):
         runner(None, {**RECIPE, 'mode': 'qat'}).train()
 
 
-def test_qat_trains_saves_resumes_and_is_tested(runner, float_checkpoint, tmp_path):
-    recipe = {**RECIPE, 'mode': 'qat'}
+@pytest.mark.parametrize('smoothquant', [None, {'alpha': 0.5}], ids=['plain', 'smoothed'])
+def test_qat_trains_saves_resumes_and_is_tested(runner, float_checkpoint, tmp_path, smoothquant):
+    recipe = {**RECIPE, 'mode': 'qat', 'smoothquant': smoothquant}
     changes = {
         'train_cfg.max_epochs': 1,
         'train_cfg.val_interval': 99,

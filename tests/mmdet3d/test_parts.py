@@ -1,5 +1,6 @@
 """The registered Quant types against the float types of MMDetection3D."""
 
+import copy
 import inspect
 import os
 from pathlib import Path
@@ -7,12 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmdet.models.backbones import resnet, resnext
+from mmdet3d.models.backbones import dla
+from mmdet3d.models.layers.norm import NaiveSyncBatchNorm1d, NaiveSyncBatchNorm2d
+from mmdet3d.models.necks.imvoxel_neck import ResModule
 from mmdet3d.registry import MODELS
 from mmengine.runner.checkpoint import load_state_dict
+from torch import nn
 
 from q3d_plugin import lifecycle
-from q3d_plugin.mmdet3d.parts import BLOCKS, PARTS
+from q3d_plugin.layers import QuantAdd
+from q3d_plugin.mmdet3d import parts
+from q3d_plugin.mmdet3d.parts import BLOCKS, PARTS, quant_name
 from q3d_plugin.recipe import Recipe
+from q3d_plugin.transforms.insert import quantize_
 
 SHARED = Path(os.environ.get('Q3D_SHARED', Path(__file__).resolve().parents[3] / 'shared'))
 FRAME = sorted((SHARED / 'data' / 'nuscenes_frame').glob('*LIDAR_TOP*.pcd.bin'))
@@ -37,7 +46,7 @@ def load(model, reference):
 
 @pytest.mark.parametrize('part', PARTS, ids=lambda p: p.base)
 def test_every_quant_type_takes_the_arguments_of_its_float_type(part):
-    base, quant = MODELS.get(part.base), MODELS.get(f'Quant{part.base}')
+    base, quant = MODELS.get(part.base), MODELS.get(quant_name(part.base))
     assert issubclass(quant, base)
     if part.mixin is not None and 'forward' in vars(part.mixin):
         mine = inspect.signature(part.mixin.forward).parameters
@@ -47,6 +56,88 @@ def test_every_quant_type_takes_the_arguments_of_its_float_type(part):
 def test_blocks_derive_from_what_they_replace():
     for base, quant in BLOCKS.items():
         assert issubclass(quant, base)
+
+
+def quantized_copy(module):
+    """A float module quantized, with all quantizers off."""
+    model = quantize_(copy.deepcopy(module), BLOCKS)
+    lifecycle.set_enabled(model, False)
+    return model
+
+
+BASIC = {'inplanes': 8, 'planes': 8}
+SHORTCUT = {
+    'downsample': nn.Sequential(nn.Conv2d(8, 8, 1, stride=2, bias=False), nn.BatchNorm2d(8)),
+    'stride': 2,
+}
+POOLED = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
+RESIDUAL_BLOCKS = {
+    'basic': lambda: resnet.BasicBlock(**BASIC),
+    'basic_shortcut': lambda: resnet.BasicBlock(**BASIC, **SHORTCUT),
+    'bottleneck': lambda: resnet.Bottleneck(8, 2),
+    'bottleneck_pooled_shortcut': lambda: resnet.Bottleneck(8, 2, stride=2, downsample=POOLED),
+    'resnext': lambda: resnext.Bottleneck(8, 2, groups=2, base_width=4, base_channels=2),
+    'dla': lambda: dla.BasicBlock(8, 8, {'type': 'BN'}, {'type': 'Conv'}),
+    'imvoxel': lambda: ResModule(8, 8),
+    'imvoxel_strided': lambda: ResModule(8, 8, stride=2),
+}
+
+
+@pytest.mark.parametrize('name', RESIDUAL_BLOCKS)
+def test_residual_blocks_off_are_float(name, randomized):
+    torch.manual_seed(0)
+    block = randomized(nn.Sequential(RESIDUAL_BLOCKS[name]())).eval()
+    quant = quantized_copy(block)
+    assert type(quant[0]) is not type(block[0]) and isinstance(quant[0].add, QuantAdd)
+    x = torch.randn((2, 8, 6, 6, 6) if 'imvoxel' in name else (2, 8, 6, 6))
+    torch.testing.assert_close(quant(x), block(x), rtol=1e-4, atol=1e-5)
+    # The two layers that read the block's input share its quantizer; behind a pooling it is another tensor.
+    shortcut = [m for n, m in quant[0].named_modules() if n.startswith('downsample') and hasattr(m, 'weight')]
+    first = getattr(quant[0], 'conv1' if 'imvoxel' not in name else 'conv0')
+    reads = [m for m in first.modules() if hasattr(m, 'weight')][0].input_quantizer
+    assert all((m.input_quantizer is reads) == ('pooled' not in name) for m in shortcut)
+
+
+def test_a_block_that_recomputes_its_forward_has_the_same_gradients(randomized):
+    torch.manual_seed(0)
+    block = randomized(nn.Sequential(resnet.Bottleneck(8, 2))).eval()
+    gradients = []
+    for with_cp in (False, True):
+        quant = quantized_copy(block)
+        quant[0].with_cp = with_cp
+        x = torch.ones(1, 8, 5, 5, requires_grad=True)
+        quant(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in quant.parameters())])
+    for plain, recomputed in zip(*gradients):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize(
+    ('norm', 'layer', 'shape'),
+    [
+        (NaiveSyncBatchNorm2d, nn.Conv2d(3, 4, 3, bias=False), (2, 3, 8, 8)),
+        (NaiveSyncBatchNorm1d, nn.Conv1d(3, 4, 1), (2, 3, 8)),
+    ],
+)
+def test_naive_sync_batch_norm_is_folded(norm, layer, shape, randomized):
+    model = randomized(nn.Sequential(layer, norm(4))).eval()
+    quant = quantized_copy(model)
+    assert isinstance(quant[1], nn.Identity) and quant[0].bias is not None
+    x = torch.randn(shape)
+    torch.testing.assert_close(quant(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_detector_quantizes_only_the_children_that_have_no_type_of_their_own():
+    part = next(p for p in PARTS if p.children)
+    base = type('Base', (nn.Module,), {})
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.img_mlp, self.backbone = nn.Sequential(nn.Conv1d(2, 2, 1)), nn.Sequential(nn.Conv1d(2, 2, 1))
+
+    base.__init__ = __init__
+    made = parts._quant_type(part, base)()
+    assert [name for name, _ in lifecycle.units(made)] == ['img_mlp.0']
 
 
 def test_toy_off_is_float(build_model, points, raw_outputs):
@@ -70,6 +161,38 @@ def test_full_size_off_is_float_on_the_real_frame(build_model, raw_outputs):
     expected, got = raw_outputs(reference, points), raw_outputs(model, points)
     for name in expected:
         assert relative_error(got[name], expected[name]) < 1e-4, name
+
+
+def smoothed(raw_outputs, reference, model, points, alpha, mode):
+    """Smooths ``model`` and switches it off: relative error of its outputs against the float model's."""
+    lifecycle.configure(model, Recipe.from_dict(dict(smoothquant=dict(alpha=alpha, mode=mode))))
+    load(model, reference)
+    lifecycle.calibrate(model, [points], lambda frame: raw_outputs(model, frame))
+    lifecycle.set_enabled(model, False)
+    expected, got = raw_outputs(reference, points), raw_outputs(model, points)
+    return max(relative_error(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize('mode', ['static', 'dynamic'])
+def test_toy_off_is_float_after_smoothing(build_model, points, raw_outputs, mode):
+    reference, model = (build_model(c) for c in TOY)
+    for alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
+        assert smoothed(raw_outputs, reference, model, points, alpha, mode) < 1e-4
+        rows = [r for r in lifecycle.coverage(model) if r.smoothquant]
+        assert len(rows) == 108
+        if mode == 'static':
+            # All but the first layer, which reads the points, have their scales in the layers before them:
+            # through residual blocks, the dense map of the voxels, the concatenation of the neck.
+            assert [r.name for r in rows if r.smoothquant['explicit']] == ['pts_middle_encoder.conv_input.0']
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FRAME, reason='the real nuScenes frame is not here')
+@pytest.mark.parametrize('alpha, mode', [(0.5, 'static'), (1.0, 'dynamic')])
+def test_full_size_off_is_float_after_smoothing(build_model, raw_outputs, alpha, mode):
+    points = torch.from_numpy(np.fromfile(FRAME[0], np.float32).reshape(-1, 5))
+    reference, model = build_model(FULL_BASE, **FLOAT_TYPES), build_model(FULL_BASE)
+    assert smoothed(raw_outputs, reference, model, points, alpha, mode) < 1e-4
 
 
 def test_int8_differs_from_float_but_not_much(build_model, points, raw_outputs):

@@ -60,6 +60,30 @@ def test_calibrated_at_the_first_forward_saved_and_the_same_again(
     assert not [p for p in (tmp_path / 'run').iterdir() if p.suffix == '.tmp']
 
 
+@pytest.mark.parametrize('mode', ['static', 'dynamic'])
+@pytest.mark.parametrize('alpha', [0.0, 0.5, 1.0, 'search'])
+def test_a_smoothed_detector_is_float_when_it_is_off_and_the_same_when_loaded(
+    make, outputs, float_file, run_logger, tmp_path, alpha, mode
+):
+    reference = make()
+    reference.load_params_from_file(str(float_file), run_logger)
+    recipe = {**RECIPE, 'SMOOTHQUANT': {'ALPHA': alpha, 'MODE': mode}}
+    model = make(recipe)
+    model.load_params_from_file(str(float_file), run_logger)
+    first = outputs(model)
+    again = make(recipe)
+    again.load_params_from_file(str(tmp_path / 'run' / 'quantized.pth'), run_logger)
+    assert same(outputs(again), first)
+    lifecycle.set_enabled(model, False)
+    expected = outputs(reference)
+    for name, value in outputs(model).items():
+        assert (value - expected[name]).abs().max() < 1e-4 * expected[name].abs().max(), name
+    rows = [r for r in lifecycle.coverage(model) if r.kind not in ('Add', 'Concat')]
+    assert all('SmoothQuant' in r.note for r in rows)
+    if mode == 'static':
+        assert sum(r.smoothquant['explicit'] for r in rows) <= 1
+
+
 def test_random_numbers_of_the_run_do_not_depend_on_calibration(make, batch, float_file, run_logger):
     model = make(RECIPE)
     model.load_params_from_file(str(float_file), run_logger)

@@ -19,6 +19,9 @@ def test_it_is_the_same_schema_in_upper_case():
         SKIP=['*hm.1'],
         OVERRIDES=[dict(LAYERS='*deblocks*', WEIGHT=dict(BITS=16), ACTIVATION=None)],
         CALIBRATION=dict(SPLIT='val', FRAMES=7, SEED=3),
+        SMOOTHQUANT=dict(
+            ALPHA='search', LAYERS=['*'], GRID=[0, 0.5], OVERRIDES=[dict(LAYERS='*hm*', ALPHA=None)]
+        ),
     )
     expected = dict(
         mode='qat',
@@ -27,6 +30,9 @@ def test_it_is_the_same_schema_in_upper_case():
         skip=['*hm.1'],
         overrides=[dict(layers='*deblocks*', weight=dict(bits=16), activation=None)],
         calibration=dict(split='val', frames=7, seed=3),
+        smoothquant=dict(
+            alpha='search', layers=['*'], grid=[0, 0.5], overrides=[dict(layers='*hm*', alpha=None)]
+        ),
     )
     recipe = recipe_from(given)
     assert recipe == Recipe.from_dict(expected)
@@ -55,6 +61,13 @@ def test_it_is_the_same_schema_in_upper_case():
         ({'OVERRIDES': {'LAYERS': 'a'}}, ['MODEL.QUANT.OVERRIDES: ', 'a list of dictionaries']),
         ({'OVERRIDES': ['a']}, ["MODEL.QUANT.OVERRIDES[0]: 'a' was given", 'LAYERS, WEIGHT, ACTIVATION']),
         (7, ['MODEL.QUANT: 7 was given']),
+        ({'SMOOTHQUANT': 0.5}, ['MODEL.QUANT.SMOOTHQUANT: 0.5 was given', 'ALPHA, LAYERS']),
+        ({'SMOOTHQUANT': {'ALPA': 0.5}}, ['MODEL.QUANT.SMOOTHQUANT.ALPA: unknown key', "'ALPHA'"]),
+        ({'SMOOTHQUANT': {'ALPHA': 1.5}}, ['MODEL.QUANT.SMOOTHQUANT.ALPHA: 1.5 was given', '0 to 1']),
+        (
+            {'SMOOTHQUANT': {'OVERRIDES': [{'LAYERS': 'a', 'ALPHA': -1}]}},
+            ['MODEL.QUANT.SMOOTHQUANT.OVERRIDES[0].ALPHA: -1 was given'],
+        ),
     ],
 )
 def test_mistakes_name_the_key_as_it_is_written(given, words):

@@ -395,3 +395,21 @@ def test_a_checkpoint_in_half_precision_is_folded_in_single():
     factor = reference[1].weight / (reference[1].running_var + reference[1].eps).sqrt()
     expected = reference[0].weight * factor[:, None, None, None]
     torch.testing.assert_close(model[0].weight, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_norm_behind_the_activation_is_no_pair():
+    """Cylinder3D's blocks have conv1, act1 and bn1, and run them in this order."""
+    block = nn.Module()
+    block.conv1, block.act1, block.bn1 = nn.Conv2d(2, 4, 1), nn.LeakyReLU(), nn.BatchNorm2d(4)
+    block.conv2, block.bn2, block.act2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.LeakyReLU()
+    assert find_pairs(block) == [('conv2', 'bn2')]
+
+
+def test_pairs_of_what_derives_from_a_sparse_sequential():
+    """OpenPCDet's focal backbone has a sequence of its own, which runs its children in their order, too."""
+
+    class SparseSequentialBatchdict(spconv.SparseSequential):
+        pass
+
+    made = SparseSequentialBatchdict(spconv.SubMConv3d(2, 4, 3, bias=False), nn.BatchNorm1d(4), nn.ReLU())
+    assert find_pairs(made) == [('0', '1')]
