@@ -56,7 +56,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument(
         '--grid',
         nargs='+',
-        required=True,
+        default=[],
         metavar='KEY=V,V',
         help='or a .py or .json file with grid, recipes',
     )
@@ -65,6 +65,15 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     )
     parser.add_argument('--frames', type=int, default=4, help='frames of --metric l1 (default: 4)')
     parser.add_argument('--calibration-frames', type=int, help="default: the recipe's")
+    parser.add_argument(
+        '--skip-curve', metavar='SENSITIVITY.JSON', help='leave more and more of its layers float'
+    )
+    parser.add_argument(
+        '--lengths',
+        default='0,1,2,5,10,20,40',
+        help='of the lists of --skip-curve (default: 0,1,2,5,10,20,40)',
+    )
+    parser.add_argument('--random', type=int, default=1, help='random orders beside it (default: 1)')
     parser.add_argument('--fresh', action='store_true', help='begin anew, whatever results there are')
     args = parser.parse_args(argv)
     command.at_least(args, 1, 'frames', 'calibration_frames')
