@@ -71,6 +71,19 @@ class Blocks(nn.Module):
         return [branch(x) for branch in self.branches]
 
 
+class Attention(nn.Module):
+    """Attention, whose projections have parts of one weight, between linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.attention = nn.Linear(3, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.relu(self.first(x.flatten(2).transpose(1, 2)))
+        return self.last(self.attention(x, x, x)[0])
+
+
 class Voxels(nn.Module):
     """A sparse residual encoder with a dense head."""
 
@@ -109,7 +122,12 @@ def voxels(count=3):
     return out
 
 
-MODELS = {'chain': (Chain, images), 'blocks': (Blocks, images), 'voxels': (Voxels, voxels)}
+MODELS = {
+    'chain': (Chain, images),
+    'blocks': (Blocks, images),
+    'attention': (Attention, images),
+    'voxels': (Voxels, voxels),
+}
 
 
 def made(name, smoothquant=None, **recipe):
@@ -165,7 +183,7 @@ def test_off_is_float_after_smoothing(name, alpha, mode):
         assert not torch.equal(outputs(model, x), expected)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', ['chain', 'blocks', 'voxels'])
 def test_only_the_first_layer_has_no_producer(name):
     _, model, batches = made(name, dict(alpha=0.5))
     lifecycle.calibrate(model, batches, model)
@@ -180,6 +198,17 @@ def test_only_the_first_layer_has_no_producer(name):
             assert set(row.smoothquant['producers']) < set(rows)
         elif row.name != first:
             assert row.note == '' and row.smoothquant is None
+
+
+def test_projections_of_one_tensor_take_one_scale_from_the_layer_before():
+    _, model, batches = made('attention', dict(alpha=0.5))
+    lifecycle.calibrate(model, batches, model)
+    # What attention computes from values is no product with one layer's weight.
+    assert explicit(model) == ['first', 'attention.out_proj']
+    makers = {r.name: r.smoothquant['producers'] for r in lifecycle.coverage(model) if r.smoothquant}
+    for part in 'qkv':
+        assert makers[f'attention.{part}_proj'] == ['first']
+    assert makers['last'] == ['attention.out_proj']
 
 
 def test_the_table_names_the_layers_that_have_the_scale():
