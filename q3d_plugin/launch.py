@@ -6,10 +6,10 @@ The framework is told by the config: a ``.py`` file is MMDetection3D's, a ``.yam
 import os
 import runpy
 import sys
-import uuid
 from pathlib import Path
 
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.files import check_writable
 
 __all__ = ['absolute_paths', 'find_config', 'find_script', 'main']
 
@@ -75,21 +75,6 @@ def find_script(name: str, root: str = None) -> Path:
         if script.is_file():
             return script
     raise Q3DError(f'{package} has no tools/{name}: set MMDET3D_ROOT to a checkout of MMDetection3D')
-
-
-def check_writable(folder: Path) -> None:
-    """Raises :class:`Q3DError` unless files can be made in ``folder``, which need not exist yet."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise Q3DError(f'work_dir {str(folder)!r} cannot be made: {existing} is a file, not a folder')
-    probe = existing / f'.q3d-{uuid.uuid4().hex}'
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise Q3DError(f'work_dir {str(folder)!r} cannot be written: {error.strerror}') from error
 
 
 def _work_dir(argv: list, config: Path) -> Path:

@@ -30,6 +30,7 @@ from q3d_plugin.calibration import (
     from_all_ranks,
 )
 from q3d_plugin.errors import Q3DError, near_matches
+from q3d_plugin.files import write_text
 from q3d_plugin.layers import REGISTRY, QuantUnit, QuantWeightLayer, is_converted, why_not
 from q3d_plugin.quantizer import Mode, Quantizer
 from q3d_plugin.recipe import Recipe, differences
@@ -58,7 +59,6 @@ __all__ = [
     'with_progress',
     'write_coverage',
     'write_run',
-    'write_text',
 ]
 
 META_KEY = 'q3d'
@@ -539,14 +539,6 @@ def save_checkpoint(
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
-
-
-def write_text(path: str, text: str) -> None:
-    """Writes a small file; it appears whole or not at all."""
-    temporary = f'{path}.{uuid.uuid4().hex[:8]}.tmp'
-    with open(temporary, 'w') as f:
-        f.write(text + '\n')
-    os.replace(temporary, path)
 
 
 def write_coverage(rows: List[CoverageRow], path: str) -> None:

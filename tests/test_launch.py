@@ -69,39 +69,6 @@ def test_a_script_comes_from_the_checkout_that_is_named(here, monkeypatch):
         launch.find_script('train.py')
 
 
-def test_folders_that_can_be_written_are_left_as_they_were(here):
-    launch.check_writable(here)
-    launch.check_writable(Path('new/deep/er'))
-    assert sorted(p.name for p in here.iterdir()) == ['config.py', 'pillars.yaml']
-
-
-@pytest.mark.parametrize('folder', ['config.py', 'config.py/run', 'config.py/run/1'])
-def test_a_file_in_the_way_is_named(here, folder):
-    with pytest.raises(Q3DError) as caught:
-        launch.check_writable(Path(folder))
-    message = str(caught.value)
-    assert repr(folder) in message and f'{here / "config.py"} is a file' in message
-
-
-@pytest.mark.skipif(os.name != 'posix' or os.geteuid() == 0, reason='root can write everywhere')
-def test_a_folder_without_permission_is_named(here):
-    (here / 'closed').mkdir(mode=0o500)
-    with pytest.raises(Q3DError, match='cannot be written'):
-        launch.check_writable(here / 'closed' / 'run')
-
-
-@pytest.mark.parametrize(
-    'folder, error', [('closed', PermissionError(13, 'Permission denied')), ('full', OSError(28, 'No space'))]
-)
-def test_what_the_system_says_of_a_folder_is_in_the_error(here, monkeypatch, folder, error):
-    def refuse(self, *args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(Path, 'touch', refuse)
-    with pytest.raises(Q3DError, match=f'{folder}.*{error.strerror}'):
-        launch.check_writable(here / folder)
-
-
 def run_main(monkeypatch, capsys, argv):
     """Exit status and standard error of ``main('test.py')``; arguments and path are restored afterwards."""
     monkeypatch.setattr(sys, 'argv', [str(ROOT / 'tools' / 'test.py'), *argv])

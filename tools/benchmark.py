@@ -45,7 +45,7 @@ from tqdm import tqdm  # noqa: E402
 from q3d_plugin import lifecycle, numerics  # noqa: E402
 from q3d_plugin.calibration import collect, compute_ranges  # noqa: E402
 from q3d_plugin.errors import Q3DError  # noqa: E402
-from q3d_plugin.launch import check_writable  # noqa: E402
+from q3d_plugin.files import check_writable  # noqa: E402
 from q3d_plugin.layers import QuantWeightLayer  # noqa: E402
 from q3d_plugin.quantizer import Mode, Quantizer  # noqa: E402
 from q3d_plugin.recipe import CALIBRATORS, WEIGHT_CALIBRATORS, Recipe  # noqa: E402

@@ -16,8 +16,9 @@ import argparse  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import List, Optional  # noqa: E402
 
-from q3d_plugin.analysis import command, files, report  # noqa: E402
-from q3d_plugin.launch import check_writable  # noqa: E402
+from q3d_plugin import files  # noqa: E402
+from q3d_plugin.analysis import command, report  # noqa: E402
+from q3d_plugin.files import check_writable  # noqa: E402
 
 
 def run(argv: Optional[List[str]] = None) -> int:

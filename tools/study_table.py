@@ -18,7 +18,7 @@ import argparse  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Dict, List, Optional, Tuple  # noqa: E402
 
-from q3d_plugin.analysis import files  # noqa: E402
+from q3d_plugin import files  # noqa: E402
 from q3d_plugin.errors import Q3DError  # noqa: E402
 
 # The study's own figures on nuScenes (OpenPCDet, cbgs_voxel0075_res3d_centerpoint, 8 bits), not measured

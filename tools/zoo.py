@@ -43,7 +43,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
 import q3d_plugin  # noqa: E402
 from q3d_plugin import lifecycle  # noqa: E402
 from q3d_plugin.errors import Q3DError  # noqa: E402
-from q3d_plugin.launch import check_writable  # noqa: E402
+from q3d_plugin.files import check_writable, write_text  # noqa: E402
 from q3d_plugin.layers import QuantUnit  # noqa: E402
 from q3d_plugin.recipe import Recipe  # noqa: E402
 
@@ -873,7 +873,7 @@ def read_rows(path: str) -> List[Row]:
 
 def write_rows(path: str, rows: List[Row]) -> None:
     """Writes the result; the file appears whole or not at all."""
-    lifecycle.write_text(path, json.dumps({'rows': [dataclasses.asdict(r) for r in rows]}, indent=1))
+    write_text(path, json.dumps({'rows': [dataclasses.asdict(r) for r in rows]}, indent=1))
 
 
 def parse(arguments: Optional[List[str]] = None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ from typing import Dict, List, Optional
 import torch
 
 from q3d_plugin.errors import Q3DError
-from q3d_plugin.launch import check_writable
+from q3d_plugin.files import check_writable
 
 __all__ = ['add_common', 'at_least', 'guarded', 'options_of', 'out_folder', 'paste_list', 'set_threads']
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from q3d_plugin.analysis import charts, files
+from q3d_plugin import files
+from q3d_plugin.analysis import charts
 from q3d_plugin.analysis.nuscenes import RINGS, Detections, ap_by_distance, frame_from_above
 from q3d_plugin.analysis.sweep import curve_of, heat_map_of
 from q3d_plugin.errors import Q3DError

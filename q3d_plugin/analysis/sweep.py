@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
-from q3d_plugin.analysis import files
+from q3d_plugin import files
 from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.recipe import Recipe
 

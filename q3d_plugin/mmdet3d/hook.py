@@ -12,7 +12,7 @@ from mmengine.registry import HOOKS
 
 from q3d_plugin import lifecycle
 from q3d_plugin.errors import Q3DError
-from q3d_plugin.launch import check_writable
+from q3d_plugin.files import check_writable, write_text
 from q3d_plugin.mmdet3d.checkpoints import check_checkpoint
 from q3d_plugin.mmdet3d.data import calibration_loader, frame_name
 from q3d_plugin.recipe import Recipe
@@ -147,7 +147,7 @@ class QuantHook(Hook):
             path = os.path.join(runner.log_dir, 'quantized.pth')
             meta = {'dataset_meta': _plain(getattr(loader.dataset, 'metainfo', {}))}
             lifecycle.save_checkpoint(model, self.recipe, path, meta)
-            lifecycle.write_text(os.path.join(runner.work_dir, 'last_quantized'), path)
+            write_text(os.path.join(runner.work_dir, 'last_quantized'), path)
             logger.info(f'QuantHook: quantized checkpoint saved as {path}')
         barrier()
 

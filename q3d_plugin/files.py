@@ -1,4 +1,4 @@
-"""Results on disk: every file appears whole or not at all."""
+"""Files on disk: every one appears whole or not at all."""
 
 import csv
 import io
@@ -12,7 +12,22 @@ from typing import Any
 
 from q3d_plugin.errors import Q3DError
 
-__all__ = ['read_json', 'write_bytes', 'write_csv', 'write_json']
+__all__ = ['check_writable', 'read_json', 'write_bytes', 'write_csv', 'write_json', 'write_text']
+
+
+def check_writable(folder: Path) -> None:
+    """Raises :class:`Q3DError` unless files can be made in ``folder``, which need not exist yet."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise Q3DError(f'work_dir {str(folder)!r} cannot be made: {existing} is a file, not a folder')
+    probe = existing / f'.q3d-{uuid.uuid4().hex}'
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise Q3DError(f'work_dir {str(folder)!r} cannot be written: {error.strerror}') from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -25,6 +40,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text and a line end."""
+    write_bytes(path, f'{text}\n'.encode())
 
 
 def _plain(value: Any) -> Any:
