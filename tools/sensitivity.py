@@ -23,10 +23,7 @@ import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any, Dict, List, Optional  # noqa: E402
 
-from q3d_plugin import (
-    files,
-    lifecycle,
-)
+from q3d_plugin import files, lifecycle  # noqa: E402
 from q3d_plugin.analysis import charts, command, sensitivity  # noqa: E402
 from q3d_plugin.analysis.replay import Replay  # noqa: E402
 from q3d_plugin.bench import Bench, file_hash, open_bench  # noqa: E402

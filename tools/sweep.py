@@ -27,10 +27,7 @@ from typing import Any, Dict, List, Optional  # noqa: E402
 
 from tqdm import tqdm  # noqa: E402
 
-from q3d_plugin import (
-    files,
-    lifecycle,
-)
+from q3d_plugin import files, lifecycle  # noqa: E402
 from q3d_plugin.analysis import charts, command  # noqa: E402
 from q3d_plugin.analysis.measures import OutputError  # noqa: E402
 from q3d_plugin.analysis.sweep import (  # noqa: E402
