@@ -66,7 +66,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--keep-output-error', type=float, default=0.01, metavar='E', help='default: 0.01')
     parser.add_argument('--max-skipped', type=int, default=20, metavar='N', help='default: 20')
     parser.add_argument(
-        '--candidates', type=int, default=8, help='layers tried for each place of the list (default: 8)'
+        '--candidates', type=int, default=8, help='layers tried at each step, at least (default: 8)'
     )
     parser.add_argument(
         '--trial-frames',

@@ -408,9 +408,9 @@ def choose_skips(
 
     Layers hide and mend each other's errors: while one of two layers in a row spoils everything, leaving the
     other one float changes nothing, so a list cannot be grown by what the next layer improves. It is made too
-    long first (the shortest head of the ranking that keeps the budget, by bisection) and then given back
-    layer by layer, each time the one that, quantized again, does least harm. The choice is made on the first
-    frames; whether the budget is kept is measured on all of them.
+    long first (the shortest head of the ranking that keeps the budget, by bisection); then the layers are
+    given back that, quantized again, do least harm. The choice is made on the first frames; whether the
+    budget is kept is measured on all of them.
 
     Args:
         switch: Of the model.
@@ -419,7 +419,7 @@ def choose_skips(
         ranking: Names, the most harmful first.
         budget: Relative L1 of the raw outputs.
         most: The longest list.
-        candidates: While the list is too long, how many of its least harmful layers are tried at each step.
+        candidates: While the list is too long, how many of its last layers are tried at least.
         trial_frames: How many frames the choice among them is made on.
         progress: Whether to show a progress bar.
     """
@@ -439,15 +439,13 @@ def choose_skips(
     def kept(names: Sequence[str]) -> bool:
         return _cost(error_of(names)) <= (0, budget)
 
-    def given_back(names: List[str], tried: Sequence[str]) -> List[str]:
-        """``names`` without the one of ``tried`` that does least harm when it is quantized."""
-        best = tried[0]
-        if len(tried) > 1:
-            base = everything.difference(names)
-            variants = {n: base | {n} for n in tried}
-            found, _ = output_errors(switch, replay, batches[:trial_frames], variants, base, references)
-            best = min(tried, key=lambda n: _cost(found[n]))
-        return [n for n in names if n != best]
+    def least_harmful(names: Sequence[str], tried: Sequence[str]) -> List[str]:
+        """``tried``, sorted by the error that is left when each is quantized again, the other names not."""
+        base = everything.difference(names)
+        variants = {n: base | {n} for n in tried}
+        found, _ = output_errors(switch, replay, batches[:trial_frames], variants, base, references)
+        bar.update(len(tried))
+        return sorted(tried, key=lambda n: _cost(found[n]))
 
     with tqdm(desc='skip list', unit='pass', disable=not progress) as bar:
         low, high = -1, 0
@@ -458,14 +456,15 @@ def choose_skips(
             low, high = (low, middle) if kept(ranking[:middle]) else (middle, high)
         names = list(ranking[:high])
         while len(names) > most:
-            names = given_back(names, names[-candidates:])
-            bar.update()
+            # Half of what is too much at once: as many steps as the excess has binary digits.
+            many = (len(names) - most + 1) // 2
+            back = least_harmful(names, names[-max(candidates, 2 * many) :])[:many]
+            names = [n for n in names if n not in back]
         keeps = kept(names)
-        while keeps and names:
-            shorter = given_back(names, names)
-            if not kept(shorter):
-                break
-            names = shorter
+        for name in least_harmful(names, names) if keeps and names else ():
+            shorter = [n for n in names if n != name]
+            if kept(shorter):
+                names = shorter
         errors = [error_of(names[:i]).relative_l1 for i in range(len(names) + 1)]
     return SkipList(names=names, errors=errors, budget=budget, kept=keeps)
 
