@@ -296,9 +296,8 @@ def _describe(quantizer: Optional[Quantizer], disabled_word: str = '') -> str:
         return f'int{bits} per channel'
     if quantizer.mode is Mode.UNCALIBRATED:
         return f'{bits} bits, no range yet'
-    return (
-        'uint' if quantizer.mode is Mode.UNSIGNED else 'int'
-    ) + f'{bits} amax {quantizer._amax.item():.4g}'
+    kind = ('uint' if quantizer.unsigned else 'int') + str(bits)
+    return f'{kind} dynamic' if quantizer.dynamic else f'{kind} amax {quantizer._amax.item():.4g}'
 
 
 def _own_weights(module: nn.Module) -> List[Tensor]:
@@ -562,7 +561,7 @@ def histograms(model: nn.Module) -> List[Dict[str, Any]]:
                 'name': quantizer.owners[0] if quantizer.owners else quantizer.name,
                 'owners': list(quantizer.owners),
                 'bits': quantizer.num_bits,
-                'unsigned': quantizer.mode is Mode.UNSIGNED,
+                'unsigned': quantizer.unsigned,
                 'amax': quantizer._amax.item() if ranged else None,
                 **quantizer.seen,
             }

@@ -21,7 +21,7 @@ from q3d_plugin.calibration.observer import MagnitudeHistogram
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import ActivationSpec, WeightSpec
 
-__all__ = ['Mode', 'Quantizer']
+__all__ = ['Mode', 'Quantizer', 'largest_magnitude']
 
 
 class Mode(enum.IntEnum):
@@ -35,6 +35,20 @@ class Mode(enum.IntEnum):
     """It quantizes to unsigned integers."""
     FLOAT = 3
     """It lets its input through: it saw no data, or the recipe's mode is float."""
+    DYNAMIC_SIGNED = 4
+    """As SIGNED, by the largest magnitude of the current tensor."""
+    DYNAMIC_UNSIGNED = 5
+    """As UNSIGNED, by the largest magnitude of the current tensor."""
+
+
+def largest_magnitude(*tensors: Tensor) -> Tensor:
+    """The largest magnitude in some tensors, a scalar without gradient; 0 where all are empty.
+
+    Args:
+        tensors: Any shapes.
+    """
+    found = [torch.stack(torch.aminmax(t.detach())).abs().amax() for t in tensors if t.numel()]
+    return torch.stack(found).amax() if found else torch.zeros(())
 
 
 class Quantizer(TensorQuantizer):
@@ -82,7 +96,7 @@ class Quantizer(TensorQuantizer):
         # Mode and bits are in a buffer, so that a quantized checkpoint describes itself to any loader. NCCL,
         # by which DistributedDataParallel broadcasts buffers, has no 16-bit integers.
         self.register_buffer('_state', torch.tensor([Mode.UNCALIBRATED, spec.bits], dtype=torch.int32))
-        self._mode = Mode.UNCALIBRATED
+        self._set_mode(Mode.UNCALIBRATED)
 
     @property
     def mode(self) -> Mode:
@@ -91,9 +105,24 @@ class Quantizer(TensorQuantizer):
 
     @mode.setter
     def mode(self, value: Mode) -> None:
-        self._mode = Mode(value)
-        self._unsigned = self._mode is Mode.UNSIGNED
+        self._set_mode(Mode(value))
         self._state[0] = int(value)
+
+    def _set_mode(self, mode: Mode) -> None:
+        # Kept apart: looked at in every forward pass.
+        self._mode = mode
+        self._unsigned = mode in (Mode.UNSIGNED, Mode.DYNAMIC_UNSIGNED)
+        self._dynamic = mode in (Mode.DYNAMIC_SIGNED, Mode.DYNAMIC_UNSIGNED)
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether the integers start at zero."""
+        return self._unsigned
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the range is the largest magnitude of the current tensor."""
+        return self._dynamic
 
     @property
     def per_channel(self) -> bool:
@@ -120,11 +149,14 @@ class Quantizer(TensorQuantizer):
         """Ends calibration with a range.
 
         Args:
-            amax: Scalar, or (C,) for a weight.
+            amax: Scalar, or (C,) for a weight. A dynamic range replaces it for every tensor.
             unsigned: Whether the integers start at zero.
         """
         self._amax.copy_(amax.to(self._amax).reshape(self._amax.shape))
-        self.mode = Mode.UNSIGNED if unsigned else Mode.SIGNED
+        if getattr(self.spec, 'range', 'static') == 'dynamic':
+            self.mode = Mode.DYNAMIC_UNSIGNED if unsigned else Mode.DYNAMIC_SIGNED
+        else:
+            self.mode = Mode.UNSIGNED if unsigned else Mode.SIGNED
         self._end_observing()
 
     def leave_float(self) -> None:
@@ -172,9 +204,10 @@ class Quantizer(TensorQuantizer):
             return self._memo[3]
         if self._on_grid(inputs):
             return inputs
-        out = numerics.fake_quantize(inputs, self._amax, self._num_bits, self._unsigned, self._axis, inplace)
+        amax = largest_magnitude(inputs) if self._dynamic else self._amax
+        out = numerics.fake_quantize(inputs, amax, self._num_bits, self._unsigned, self._axis, inplace)
         self._remember(inputs, out)
-        if inplace and not out.is_inference():
+        if inplace and not self._dynamic and not out.is_inference():
             out._q3d_grid = (out._version, self._grid)
         return out
 
@@ -189,7 +222,7 @@ class Quantizer(TensorQuantizer):
         It spares a copy of the largest tensor of a detector. In a trace every quantizer has to appear.
         """
         tag = getattr(x, '_q3d_grid', None)
-        if tag is None or torch.is_grad_enabled() or torch.jit.is_tracing():
+        if tag is None or self._dynamic or torch.is_grad_enabled() or torch.jit.is_tracing():
             return False
         return tag == (x._version, self._grid)
 
@@ -228,13 +261,14 @@ class Quantizer(TensorQuantizer):
             return
         torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
         mode, bits = self._state.tolist()
-        self._mode = Mode(mode)
+        self._set_mode(Mode(mode))
         self._num_bits = bits
-        self._unsigned = self._mode is Mode.UNSIGNED
         self._memo = None
 
     def extra_repr(self) -> str:
         if self._mode in (Mode.UNCALIBRATED, Mode.FLOAT):
             return f'{self._mode.name.lower()} {self._num_bits} bits'
+        if self._dynamic:
+            return f'{self._mode.name.lower()} {self._num_bits} bits'.replace('_', ' ')
         shape = 'per channel' if self.per_channel else f'amax={self._amax.item():.4g}'
         return f'{self._mode.name.lower()} {self._num_bits} bits {shape}'

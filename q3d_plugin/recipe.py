@@ -32,6 +32,7 @@ WEIGHT_CALIBRATORS = ('max', 'percentile', 'mse', 'grid')
 MODES = ('float', 'ptq', 'qat')
 SPLITS = ('train', 'val', 'test')
 SMOOTH_MODES = ('static', 'dynamic')
+RANGES = ('static', 'dynamic')
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,15 @@ class ActivationSpec:
             value of all calibration frames is negative.
         calibrator: ``'max'``, ``'percentile'``, ``'mse'``, ``'entropy'`` or ``'grid'``.
         percentile: Share of the magnitudes inside the range, for ``'percentile'``, in ``(0, 100]``.
+        range: ``'static'``: from calibration. ``'dynamic'``: the largest magnitude of the current tensor;
+            calibration then only decides whether it is unsigned.
     """
 
     bits: int = 8
     unsigned: Any = 'auto'
     calibrator: str = 'mse'
     percentile: float = 99.99
+    range: str = 'static'
 
 
 @dataclass(frozen=True)
@@ -259,6 +263,8 @@ def _activation_fields(value: Any, path: str) -> Dict[str, Any]:
         _choice(value['calibrator'], f'{path}.calibrator', CALIBRATORS)
     if 'percentile' in value:
         value['percentile'] = _percentile(value['percentile'], f'{path}.percentile')
+    if 'range' in value:
+        _choice(value['range'], f'{path}.range', RANGES)
     return value
 
 

@@ -597,3 +597,20 @@ def test_a_copy_of_a_calibrated_model_is_independent_and_the_same():
 def test_quantizable_types_are_named():
     names = lifecycle.quantizable_types()
     assert names == sorted(names) and {'Conv2d', 'Linear', 'ConvTranspose2d'} <= set(names)
+
+
+def test_dynamic_ranges_follow_the_input_and_static_ones_do_not():
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    x, errors = torch.randn(2, 3, 9, 9), {}
+    for kind in ('static', 'dynamic'):
+        model = quantize_(copy.deepcopy(source))
+        lifecycle.configure(model, Recipe.from_dict({'activation': {'range': kind}}))
+        with torch.no_grad():
+            lifecycle.calibrate(model, [x], model)
+            errors[kind] = float((model(20 * x) - source(20 * x)).norm() / source(20 * x).norm())
+        rows = lifecycle.coverage(model)
+        assert [r.activation.endswith(' dynamic') for r in rows] == [kind == 'dynamic'] * 2
+        # Behind the ReLU nothing was negative, whatever the range.
+        assert rows[1].activation.startswith('uint8')
+    assert errors['dynamic'] < 0.05 < 0.5 < errors['static']

@@ -300,3 +300,27 @@ def test_repr_says_what_it_does():
     weight = Quantizer(WeightSpec(), 2, 0)
     weight.set_range(torch.ones(2))
     assert 'signed 8 bits per channel' in repr(weight)
+
+
+@pytest.mark.parametrize('unsigned', [False, True])
+@pytest.mark.parametrize('bits', [4, 8])
+def test_a_dynamic_range_is_that_of_the_current_tensor(unsigned, bits):
+    quantizer = activation(0.1, unsigned, owners=('a', 'b'), range='dynamic', bits=bits)
+    assert quantizer.dynamic and quantizer.unsigned is unsigned
+    for size in (0.01, 1.0, 300.0):
+        x = (torch.rand(40) if unsigned else torch.randn(40)) * size
+        expected = numerics.fake_quantize(x, x.abs().max(), bits, unsigned)
+        assert torch.equal(quantizer(x), expected) and torch.equal(quantizer(x), expected)
+        largest = x.abs().max()
+        assert (quantizer(x) - x).abs().max() <= largest / numerics.bounds(bits, unsigned)[1] * 0.5001
+    assert not quantizer(torch.zeros(3)).any()
+    other = Quantizer(ActivationSpec(bits=bits), name='other')
+    other.load_state_dict(quantizer.state_dict())
+    assert other.dynamic and torch.equal(other(x), expected)
+
+
+def test_a_dynamic_range_lets_gradients_through():
+    quantizer = activation(0.1, range='dynamic')
+    x = torch.randn(10, requires_grad=True)
+    quantizer(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(10))

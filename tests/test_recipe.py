@@ -89,6 +89,14 @@ def test_unknown_calibrators_are_refused_with_a_near_match(part):
     assert "did you mean 'percentile'" in message
 
 
+@pytest.mark.parametrize('part', ['activation', 'overrides[0].activation'])
+def test_ranges_are_static_or_dynamic(part):
+    message = refused(_nested(f'{part}.range', 'dynamc'))
+    assert (
+        message.startswith(f"recipe.{part}.range: 'dynamc' was given") and "did you mean 'dynamic'" in message
+    )
+
+
 @pytest.mark.parametrize('part', ['weight', 'overrides[0].weight'])
 def test_entropy_is_refused_for_weights_and_what_works_is_listed(part):
     message = refused(_nested(f'{part}.calibrator', 'entropy'))
@@ -264,7 +272,11 @@ def _specs(calibrators, **more):
 
 NAMES = st.text('abc.*', min_size=1, max_size=5)
 WEIGHTS = _specs(WEIGHT_CALIBRATORS)
-ACTIVATIONS = _specs(CALIBRATORS, unsigned=st.sampled_from(['auto', True, False]))
+ACTIVATIONS = _specs(
+    CALIBRATORS,
+    unsigned=st.sampled_from(['auto', True, False]),
+    range=st.sampled_from(['static', 'dynamic']),
+)
 OVERRIDES = st.fixed_dictionaries(
     dict(layers=NAMES | st.lists(NAMES, min_size=1, max_size=2)),
     optional=dict(weight=WEIGHTS, activation=ACTIVATIONS),
@@ -308,7 +320,7 @@ def _leaves(value, path):
 def test_each_changed_value_is_the_one_difference():
     plain = Recipe.from_dict(dict(skip=['a'])).to_dict()
     leaves = list(_leaves(plain, ()))
-    assert len(leaves) == 14
+    assert len(leaves) == 15
     for path, value in leaves:
         other = copy.deepcopy(plain)
         holder = other

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from q3d_plugin.layers.base import QuantUnit
+from q3d_plugin.quantizer import largest_magnitude
 
 __all__ = ['QuantAdd', 'QuantConcat']
 
@@ -38,6 +39,9 @@ class QuantAdd(QuantUnit):
             quantizer(a[kept])
             quantizer(b[kept])
             return total
+        if quantizer is not None and quantizer.dynamic:
+            amax = largest_magnitude(a, b)
+            return quantizer(a, amax=amax) + quantizer(b, amax=amax)
         return self.quantize_input(a) + self.quantize_input(b)
 
 
@@ -51,8 +55,11 @@ class QuantConcat(QuantUnit):
         self._init_unit()
 
     def forward(self, tensors: Sequence[Tensor], dim: int = 1) -> Tensor:
-        if torch.is_grad_enabled() or self.input_quantizer is None or self.input_quantizer.shared:
+        quantizer = self.input_quantizer
+        if quantizer is not None and quantizer.dynamic:
+            return quantizer(torch.cat(list(tensors), dim=dim))
+        if torch.is_grad_enabled() or quantizer is None or quantizer.shared:
             return torch.cat([self.quantize_input(t) for t in tensors], dim=dim)
         # The same values without a quantized copy of every input: at the neck of a detector, where the
         # largest tensors meet, those copies would be the peak of its memory.
-        return self.input_quantizer(torch.cat(list(tensors), dim=dim), inplace=True)
+        return quantizer(torch.cat(list(tensors), dim=dim), inplace=True)

@@ -122,3 +122,16 @@ def test_an_addition_before_a_relu_still_finds_nan():
     add.input_quantizer.observe()
     add(torch.tensor([1.0, float('nan')]), torch.tensor([1.0, -1.0]))
     assert not add.input_quantizer.finite
+
+
+@pytest.mark.parametrize('unit', [QuantAdd, QuantConcat])
+@pytest.mark.parametrize('grad', [True, False])
+def test_a_dynamic_range_is_one_for_all_inputs(unit, grad):
+    unit = prepared(unit(), 1.0, activation=dict(range='dynamic'))
+    with torch.set_grad_enabled(grad):
+        for size in (0.1, 50.0):
+            a, b = torch.randn(2, 5) * size, torch.randn(2, 5)
+            amax = torch.stack([a, b]).abs().max()
+            qa, qb = by_hand(a, float(amax), 127), by_hand(b, float(amax), 127)
+            got = unit(a, b) if isinstance(unit, QuantAdd) else unit([a, b])
+            assert torch.allclose(got, qa + qb if isinstance(unit, QuantAdd) else torch.cat([qa, qb], 1))
