@@ -1,7 +1,7 @@
 """A loaded detector to experiment with, the same for both frameworks: the door of the analysis.
 
-:func:`open_bench` gives a :class:`Bench` for a config and a checkpoint. What is behind it is written once for
-each framework, in ``mmdet3d/bench.py`` and ``openpcdet/bench.py``.
+:func:`q3d_plugin.analysis.command.open_bench` gives a :class:`Bench` for a config and a checkpoint. What is
+behind it is written once for each framework, in ``mmdet3d/bench.py`` and ``openpcdet/bench.py``.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from q3d_plugin import lifecycle
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 
-__all__ = ['Bench', 'Frames', 'file_hash', 'flatten_tensors', 'open_bench', 'quiet', 'raw_outputs']
+__all__ = ['Bench', 'Frames', 'file_hash', 'flatten_tensors', 'quiet', 'raw_outputs']
 
 
 class Frames:
@@ -164,44 +164,6 @@ class Bench(ABC):
         forward = self.run if self.second_stage else self.forward
         batches = tqdm(frames, desc=title or 'calibration', unit='frame', leave=False)
         lifecycle.calibrate(self.model, batches, forward, logger=self.logger)
-
-
-def open_bench(
-    config: str, checkpoint: str, options: Optional[Mapping[str, str]] = None, recipe: Optional[Recipe] = None
-) -> Bench:
-    """Builds the model of a config and loads a checkpoint, with the checks of the adapter.
-
-    Args:
-        config: A ``.py`` file (MMDetection3D) or a ``.yaml`` file (OpenPCDet), with Quant types.
-        checkpoint: Float or quantized.
-        options: Dotted keys of the config to change, and their values as text.
-        recipe: In place of the config's recipe.
-
-    Raises:
-        Q3DError: Anything is missing or does not fit.
-    """
-    path = Path(config)
-    if path.suffix not in ('.py', '.yaml', '.yml'):
-        raise Q3DError(
-            f'config {config!r}: a .py file (MMDetection3D) or a .yaml file (OpenPCDet) would work'
-        )
-    if not path.is_file():
-        raise Q3DError(f'config {config!r} is not a file (looked in {Path.cwd()})')
-    lifecycle.check_checkpoint_file(checkpoint)
-    if path.suffix == '.py':
-        try:
-            from q3d_plugin.mmdet3d.bench import MMDet3DBench
-        except ImportError as error:
-            raise Q3DError(
-                f'a .py config needs MMDetection3D, which does not import here: {error}'
-            ) from error
-        return MMDet3DBench(path, checkpoint, options, recipe)
-    from q3d_plugin import openpcdet
-
-    openpcdet.register()
-    from q3d_plugin.openpcdet.bench import OpenPCDetBench
-
-    return OpenPCDetBench(path, checkpoint, options, recipe)
 
 
 def flatten_tensors(value: Any, prefix: str = '') -> Dict[str, Tensor]:

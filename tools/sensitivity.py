@@ -25,8 +25,9 @@ from typing import Any, Dict, List, Optional  # noqa: E402
 
 from q3d_plugin import files, lifecycle  # noqa: E402
 from q3d_plugin.analysis import charts, command, sensitivity  # noqa: E402
+from q3d_plugin.analysis.command import open_bench  # noqa: E402
 from q3d_plugin.analysis.replay import Replay  # noqa: E402
-from q3d_plugin.bench import Bench, file_hash, open_bench  # noqa: E402
+from q3d_plugin.bench import Bench, file_hash  # noqa: E402
 from q3d_plugin.errors import Q3DError  # noqa: E402
 from q3d_plugin.layers import QuantWeightLayer  # noqa: E402
 from q3d_plugin.recipe import Recipe  # noqa: E402

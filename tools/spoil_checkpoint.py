@@ -26,7 +26,8 @@ import torch  # noqa: E402
 
 from q3d_plugin import lifecycle  # noqa: E402
 from q3d_plugin.analysis import command  # noqa: E402
-from q3d_plugin.bench import Bench, open_bench  # noqa: E402
+from q3d_plugin.analysis.command import open_bench  # noqa: E402
+from q3d_plugin.bench import Bench  # noqa: E402
 from q3d_plugin.errors import Q3DError  # noqa: E402
 from q3d_plugin.layers import QuantWeightLayer  # noqa: E402
 from q3d_plugin.recipe import matches  # noqa: E402

@@ -29,6 +29,7 @@ from tqdm import tqdm  # noqa: E402
 
 from q3d_plugin import files, lifecycle  # noqa: E402
 from q3d_plugin.analysis import charts, command  # noqa: E402
+from q3d_plugin.analysis.command import open_bench  # noqa: E402
 from q3d_plugin.analysis.measures import OutputError  # noqa: E402
 from q3d_plugin.analysis.sweep import (  # noqa: E402
     Entry,
@@ -40,7 +41,7 @@ from q3d_plugin.analysis.sweep import (  # noqa: E402
     parse_grid,
     skip_entries,
 )
-from q3d_plugin.bench import Bench, file_hash, open_bench  # noqa: E402
+from q3d_plugin.bench import Bench, file_hash  # noqa: E402
 from q3d_plugin.errors import Q3DError  # noqa: E402
 from q3d_plugin.recipe import Recipe  # noqa: E402
 

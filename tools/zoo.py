@@ -340,7 +340,7 @@ class OpenPCDet:
         from pcdet.models import build_network
         from pcdet.models.model_utils import mppnet_utils
 
-        from q3d_plugin.openpcdet.parts import REGISTRIES, registry_of
+        from q3d_plugin.openpcdet.registries import REGISTRIES, registry_of
 
         cfg = copy.deepcopy(cfg)
         if quantized:

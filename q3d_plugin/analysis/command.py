@@ -2,16 +2,28 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Dict, List, Optional
 
 import torch
 
+from q3d_plugin import lifecycle
+from q3d_plugin.bench import Bench
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import check_writable
+from q3d_plugin.recipe import Recipe
 
-__all__ = ['add_common', 'at_least', 'guarded', 'options_of', 'out_folder', 'paste_list', 'set_threads']
+__all__ = [
+    'add_common',
+    'at_least',
+    'guarded',
+    'open_bench',
+    'options_of',
+    'out_folder',
+    'paste_list',
+    'set_threads',
+]
 
 
 def add_common(parser: argparse.ArgumentParser, what: str) -> None:
@@ -103,3 +115,41 @@ def set_threads(args: argparse.Namespace) -> None:
     at_least(args, 1, 'threads')
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+
+
+def open_bench(
+    config: str, checkpoint: str, options: Optional[Mapping[str, str]] = None, recipe: Optional[Recipe] = None
+) -> Bench:
+    """Builds the model of a config and loads a checkpoint, with the checks of the adapter.
+
+    Args:
+        config: A ``.py`` file (MMDetection3D) or a ``.yaml`` file (OpenPCDet), with Quant types.
+        checkpoint: Float or quantized.
+        options: Dotted keys of the config to change, and their values as text.
+        recipe: In place of the config's recipe.
+
+    Raises:
+        Q3DError: Anything is missing or does not fit.
+    """
+    path = Path(config)
+    if path.suffix not in ('.py', '.yaml', '.yml'):
+        raise Q3DError(
+            f'config {config!r}: a .py file (MMDetection3D) or a .yaml file (OpenPCDet) would work'
+        )
+    if not path.is_file():
+        raise Q3DError(f'config {config!r} is not a file (looked in {Path.cwd()})')
+    lifecycle.check_checkpoint_file(checkpoint)
+    if path.suffix == '.py':
+        try:
+            from q3d_plugin.mmdet3d.bench import MMDet3DBench
+        except ImportError as error:
+            raise Q3DError(
+                f'a .py config needs MMDetection3D, which does not import here: {error}'
+            ) from error
+        return MMDet3DBench(path, checkpoint, options, recipe)
+    from q3d_plugin import openpcdet
+
+    openpcdet.register()
+    from q3d_plugin.openpcdet.bench import OpenPCDetBench
+
+    return OpenPCDetBench(path, checkpoint, options, recipe)

@@ -14,26 +14,10 @@ from torch import nn
 
 from q3d_plugin.layers import QuantAdd, QuantConcat
 from q3d_plugin.openpcdet.detector import QuantDetectorMixin
+from q3d_plugin.openpcdet.registries import registry_of
 from q3d_plugin.transforms.insert import first_layer, quantize_, share_input
 
-__all__ = ['BLOCKS', 'PARTS', 'REGISTRIES', 'Part', 'register_parts', 'registry_of']
-
-REGISTRIES = {
-    'NAME': 'pcdet.models.detectors',
-    'VFE': 'pcdet.models.backbones_3d.vfe',
-    'BACKBONE_3D': 'pcdet.models.backbones_3d',
-    'MAP_TO_BEV': 'pcdet.models.backbones_2d.map_to_bev',
-    'PFE': 'pcdet.models.backbones_3d.pfe',
-    'BACKBONE_2D': 'pcdet.models.backbones_2d',
-    'DENSE_HEAD': 'pcdet.models.dense_heads',
-    'POINT_HEAD': 'pcdet.models.dense_heads',
-    'ROI_HEAD': 'pcdet.models.roi_heads',
-    'IMAGE_BACKBONE': 'pcdet.models.backbones_image',
-    'NECK': 'pcdet.models.backbones_image.img_neck',
-    'VTRANSFORM': 'pcdet.models.view_transforms',
-    'FUSER': 'pcdet.models.backbones_2d.fuser',
-}
-"""Section of a model's config (NAME: the detector) -> the module whose ``__all__`` has its types by name."""
+__all__ = ['BLOCKS', 'PARTS', 'Part', 'register_parts']
 
 
 class _Residual:
@@ -157,7 +141,7 @@ class Part(NamedTuple):
     """A line of the table.
 
     Attributes:
-        section: Where it stands in a model's config: a key of :data:`REGISTRIES`.
+        section: Where it stands in a model's config: a key of ``registries.REGISTRIES``.
         base: Name of the float type in that registry.
         mixin: What its Quant type adds: ``setup_quant``, or a forward of its own.
     """
@@ -239,23 +223,6 @@ _BLOCKS = (
 
 BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {}
 """Float block class -> quantized block class; filled by :func:`register_parts`."""
-
-
-def registry_of(section: str) -> Dict[str, Type[nn.Module]]:
-    """The registry that the NAME of a section of a model's config is looked up in.
-
-    Args:
-        section: A key of :data:`REGISTRIES`.
-
-    Returns:
-        dict: Types by name; empty where the OpenPCDet at hand has no such section.
-    """
-    try:
-        return importlib.import_module(REGISTRIES[section]).__all__
-    except ModuleNotFoundError as error:
-        if error.name is None or not REGISTRIES[section].startswith(error.name):
-            raise
-        return {}
 
 
 def _find_blocks() -> None:

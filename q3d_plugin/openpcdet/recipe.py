@@ -204,7 +204,7 @@ def _check_bases(value: Any, path: Path, place: str = '') -> None:
 
 def check_registered(model_cfg: Mapping) -> None:
     """Raises :class:`Q3DError` for the first Quant name that OpenPCDet's registries do not have."""
-    from q3d_plugin.openpcdet.parts import REGISTRIES, registry_of
+    from q3d_plugin.openpcdet.registries import REGISTRIES, registry_of
 
     for place, name in quant_names(model_cfg).items():
         section = place.split('.')[-2] if place.count('.') > 1 else 'NAME'

@@ -6,8 +6,8 @@ from mmengine.config import Config
 
 from q3d_plugin import lifecycle
 from q3d_plugin.analysis import sensitivity
+from q3d_plugin.analysis.command import open_bench
 from q3d_plugin.analysis.replay import Replay
-from q3d_plugin.bench import open_bench
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 

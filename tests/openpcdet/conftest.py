@@ -27,7 +27,7 @@ def adapter():
     """The adapter's modules, registered in the double: ``adapter.detector``, ``adapter.parts``, ..."""
     with double_as_pcdet() as pcdet:
         enable_cpu_mode()
-        names = ('checkpoints', 'data', 'detector', 'parts', 'recipe')
+        names = ('checkpoints', 'data', 'detector', 'parts', 'recipe', 'registries')
         found = {n: importlib.import_module(f'q3d_plugin.openpcdet.{n}') for n in names}
         found['parts'].register_parts()
         found['pcdet'] = pcdet

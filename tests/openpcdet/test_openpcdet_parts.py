@@ -17,7 +17,9 @@ def relative_error(a, b):
 def test_every_quant_type_takes_the_arguments_of_its_float_type(adapter):
     registered = 0
     for part in adapter.parts.PARTS:
-        registry = adapter.parts.registry_of(part.section) if part.section not in ('PFE', 'ROI_HEAD') else {}
+        registry = (
+            adapter.registries.registry_of(part.section) if part.section not in ('PFE', 'ROI_HEAD') else {}
+        )
         if part.base not in registry:
             assert f'Quant{part.base}' not in registry
             continue
@@ -29,9 +31,9 @@ def test_every_quant_type_takes_the_arguments_of_its_float_type(adapter):
                 mine, theirs = (inspect.signature(getattr(c, method)).parameters for c in (quant, base))
                 assert list(mine) == list(theirs)
     assert registered == 6
-    before = dict(adapter.parts.registry_of('BACKBONE_2D'))
+    before = dict(adapter.registries.registry_of('BACKBONE_2D'))
     adapter.parts.register_parts()
-    assert before == adapter.parts.registry_of('BACKBONE_2D')
+    assert before == adapter.registries.registry_of('BACKBONE_2D')
 
 
 def test_off_is_float(make, outputs):

@@ -219,7 +219,8 @@ def test_the_double_merges_configs_as_the_real_package_does(upstream, double, tm
 
 
 def test_every_type_of_the_table_is_registered(upstream):
-    from q3d_plugin.openpcdet.parts import BLOCKS, PARTS, registry_of
+    from q3d_plugin.openpcdet.parts import BLOCKS, PARTS
+    from q3d_plugin.openpcdet.registries import registry_of
 
     for part in PARTS:
         registry = registry_of(part.section)
@@ -311,7 +312,7 @@ def test_other_detectors_build_and_take_a_float_checkpoint(upstream, double, tmp
     from easydict import EasyDict
 
     from q3d_plugin import lifecycle
-    from q3d_plugin.openpcdet.parts import REGISTRIES, registry_of
+    from q3d_plugin.openpcdet.registries import REGISTRIES, registry_of
 
     cfg = load_config(f'cfgs/{config}')
     cfg.DATA_CONFIG.DATA_PATH = str(tmp_path)

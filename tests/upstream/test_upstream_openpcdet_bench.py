@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from q3d_plugin.analysis import sensitivity
+from q3d_plugin.analysis.command import open_bench
 from q3d_plugin.analysis.replay import Replay
-from q3d_plugin.bench import open_bench
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 
