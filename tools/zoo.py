@@ -40,7 +40,6 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
 
-import q3d_plugin  # noqa: E402
 from q3d_plugin import lifecycle  # noqa: E402
 from q3d_plugin.errors import Q3DError  # noqa: E402
 from q3d_plugin.files import check_writable, write_text  # noqa: E402
@@ -49,12 +48,12 @@ from q3d_plugin.recipe import Recipe  # noqa: E402
 
 OUT = 'work_dirs/zoo/zoo.json'
 TOLERANCE = 1e-4
+DOUBLE_TOLERANCE = 1e-9
 OURS = 'OURS'
 RECIPE = {'weight': {'calibrator': 'max'}, 'activation': {'calibrator': 'max'}}
 POINTS = 32_000
 IMAGE = (256, 512)
 SAMPLE = 1 << 16
-PLUGIN = os.path.dirname(os.path.abspath(q3d_plugin.__file__))
 
 
 @dataclasses.dataclass
@@ -79,9 +78,10 @@ class Row:
         difference: Largest difference, quantizers off against float, of any layer's output, relative to the
             largest magnitude of that output; None where nothing was compared.
         worst: The layer with that difference.
-        jitter: The same difference of the float model from itself with the last bit of its weights changed
-            at random, which is what folding does to them; measured where ``difference`` is above the
-            tolerance.
+        double: The same difference in double precision, measured where that in single precision is above the
+            tolerance and every layer runs in double: rounding alone vanishes there, a mistake does not.
+        jitter: Where it does not, the difference of the float model from itself with the last bit of its
+            weights changed at random, which is what folding does to them.
         int8: Relative L2 error of the INT8 outputs: median over the layers.
         ours: The traceback of a failure of this plugin.
         seconds: Time it took.
@@ -103,6 +103,7 @@ class Row:
     comparable: int = 0
     difference: Optional[float] = None
     worst: str = ''
+    double: Optional[float] = None
     jitter: Optional[float] = None
     int8: Optional[float] = None
     ours: str = ''
@@ -117,7 +118,11 @@ class Row:
     @property
     def rounding(self) -> bool:
         """Whether it does not, but by no more than rounding makes of the float model itself."""
-        return not self.same and self.jitter is not None and self.difference < 3 * self.jitter
+        if self.same or self.difference is None:
+            return False
+        if self.double is not None:
+            return self.double < DOUBLE_TOLERANCE
+        return self.jitter is not None and self.difference < 3 * self.jitter
 
 
 def first_line(error: BaseException) -> str:
@@ -166,7 +171,9 @@ class MMDet3D:
     def key(self, cfg) -> str:
         """What two configs have in common whose models do the same on the made-up frame."""
         parts = (cfg.model.to_dict(), cfg.get('test_pipeline'), cfg.get('point_cloud_range'))
-        return json.dumps(_without(parts, ('train_cfg', 'init_cfg', 'loss')), sort_keys=True, default=str)
+        # Of one stage, test_cfg says how boxes are suppressed in the end; else which go into the second one.
+        other = ('train_cfg', 'init_cfg', 'loss') + (() if 'roi_head' in cfg.model else ('test_cfg',))
+        return json.dumps(_without(parts, other), sort_keys=True, default=str)
 
     def build(self, cfg, quantized: bool) -> nn.Module:
         from mmdet3d.registry import MODELS
@@ -189,7 +196,7 @@ class MMDet3D:
         init_default_scope('mmdet3d')
         steps = list(_steps(cfg.get('test_pipeline') or cfg.test_dataloader.dataset.pipeline))
         packed = {k for s in steps if s['type'] == 'Pack3DDetInputs' for k in s['keys']}
-        loader = next((s for s in steps if s['type'].startswith('LoadPoints')), {})
+        loader = next((s for s in steps if s['type'] == 'LoadPointsFromFile'), {})
         inputs = {}
         if 'points' in packed:
             inputs['points'] = [torch.from_numpy(self._points(cfg, model, loader, steps))]
@@ -210,6 +217,9 @@ class MMDet3D:
         indoor = loader.get('coord_type') == 'DEPTH'
         area = area or ([-3, -3, -0.5, 3, 3, 2.5] if indoor else [0, -40, -3, 70, 40, 1])
         dims = loader.get('use_dim', 4)
+        sweeps = next((s for s in steps if s['type'] == 'LoadPointsFromMultiSweeps'), None)
+        if sweeps is not None:
+            dims = sweeps.get('use_dim', [0, 1, 2, 4])
         channels = (dims if isinstance(dims, int) else len(dims)) + bool(loader.get('shift_height'))
         backbone = getattr(model, 'backbone', None)
         if 'PointNet' in type(backbone).__name__ or 'DGCNN' in type(backbone).__name__:
@@ -583,7 +593,8 @@ def record(framework, model: nn.Module, frame: Any, names: List[str]) -> Tuple[D
         with torch.no_grad():
             framework.run(model, frame)
     except Exception as error:
-        if _is_ours(error):
+        # What else a quantized model raises, the float one has to raise, too.
+        if isinstance(error, Q3DError):
             raise
         stopped = first_line(error)
     finally:
@@ -602,12 +613,41 @@ def _pairs(expected: Dict, got: Dict) -> Iterator[Tuple[str, Optional[Tensor], O
             yield name, None, None
 
 
+def in_double(value: Any) -> Any:
+    """A frame with every floating tensor in double precision."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {k: in_double(v) for k, v in value.items()}
+    return type(value)(in_double(v) for v in value) if type(value) in (list, tuple) else value
+
+
+def compare_in_double(framework, reference, model, frame, names: List[str], ran: set) -> Optional[float]:
+    """:func:`compare` of two models in double precision; None where they do not run as far as in single.
+
+    BatchNorm is folded anew, without rounding to single precision.
+    """
+    both = []
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        framework.load(model.double(), copy.deepcopy(reference.double().state_dict()))
+        lifecycle.set_enabled(model, False)
+        for net in (reference, model):
+            both.append(record(framework, net, in_double(frame), names)[0])
+    finally:
+        torch.set_default_dtype(default)
+        reference.float()
+        model.float()
+    return compare(*both)[0] if all(set(seen) == ran for seen in both) else None
+
+
 @torch.no_grad()
 def jitter(model: nn.Module) -> None:
     """Changes the weights of ``model`` in their last bit, at random."""
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.requires_grad:
+        if parameter.is_floating_point():
             parameter.mul_(1 + 2**-23 * (2 * torch.rand(parameter.shape, generator=generator) - 1))
 
 
@@ -638,17 +678,6 @@ def int8_error(expected: Dict, got: Dict) -> Optional[float]:
         if a is not None and a.numel() and a.isfinite().all() and a.norm() > 0:
             errors.append(((a - b).norm() / a.norm()).item())
     return float(np.median(errors)) if errors else None
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether an exception was raised in this plugin's code, not merely passed through it."""
-    if isinstance(error, Q3DError):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [
-        f.filename.startswith(PLUGIN) and not f.filename.endswith(('cpu.py', 'cpu_ops.py')) for f in frames
-    ]
-    return bool(own) and own[-1]
 
 
 def examine(framework, config: str, forward: bool, int8: bool = False) -> Row:
@@ -708,8 +737,10 @@ def _examine(framework, config: str, forward: bool, int8: bool, row: Row) -> Non
         raise Q3DError(f'the float model stopped at {row.forward!r}, the quantized one at {stopped!r}')
     row.difference, row.worst = compare(expected, got)
     if row.difference is not None and not row.same:
-        jitter(reference)
-        row.jitter = compare(expected, record(framework, reference, frame, names)[0])[0]
+        row.double = compare_in_double(framework, reference, model, frame, names, set(expected))
+        if row.double is None:
+            jitter(reference)
+            row.jitter = compare(expected, record(framework, reference, frame, names)[0])[0]
     if not int8 or not expected:
         return
     framework.load(model, state)
@@ -791,7 +822,7 @@ def with_forward_of(row: Row, twin: Row) -> Row:
     """The row of a config that was built, with what the forward of its twin showed."""
     if row.ours or row.float_build or twin.ours or twin.comparable != row.comparable:
         return row
-    fields = ('forward', 'compared', 'difference', 'worst', 'jitter', 'int8')
+    fields = ('forward', 'compared', 'difference', 'worst', 'double', 'jitter', 'int8')
     return dataclasses.replace(row, twin=twin.config, **{f: getattr(twin, f) for f in fields})
 
 
@@ -813,7 +844,8 @@ def outcome(row: Row) -> str:
         return row.forward or 'nothing to compare'
     text = f'{row.difference:.1e} of {row.compared}/{row.comparable} layers'
     if row.rounding:
-        text += f' (rounding alone: {row.jitter:.1e})'
+        exact = f'in double: {row.double:.0e}' if row.double is not None else f'by rounding: {row.jitter:.1e}'
+        text += f' ({exact})'
     text += f' (as {row.twin})' if row.twin else ''
     return text + (f', then {row.forward}' if row.forward else '')
 

@@ -179,14 +179,14 @@ def test_a_wrong_weight_is_found_and_named(zoo):
 
     row = zoo.examine(Framework(quantize=wrong), 'x', True)
     assert row.difference > 1e-4 and row.worst in ('bn', 'attention', 'head')
-    assert 0 < row.jitter < 1e-5 and not row.rounding
+    assert row.double > 1e-4 and row.jitter is None and not row.rounding
     assert zoo.failures([row]) == [row]
 
 
 def test_what_rounding_makes_of_the_float_model_is_no_failure(zoo):
     row = zoo.Row('x', 'y', '', '', forward='', compared=1, difference=2e-4, jitter=1e-4)
     assert not row.same and row.rounding and zoo.failures([row]) == []
-    assert '1 more but for rounding' in zoo.summary([row], 'x') and 'rounding alone' in zoo.outcome(row)
+    assert '1 more but for rounding' in zoo.summary([row], 'x') and 'by rounding' in zoo.outcome(row)
 
 
 def test_the_forward_of_an_equal_model_is_run_once(zoo, monkeypatch, tmp_path, capsys):
