@@ -2,8 +2,8 @@
 
 import copy
 import ctypes
-import logging
 import math
+import types
 
 import pytest
 import torch
@@ -469,8 +469,8 @@ def test_the_probe_finds_readers_that_cannot_be_watched():
     lifecycle.configure(model, Recipe.from_dict(dict(smoothquant=dict(alpha=0.5))))
     batches = images()
     warnings = []
-    logger = logging.getLogger('smooth')
-    logger.addFilter(lambda record: warnings.append(record.getMessage()))
+    # Not a real logger, whose level frameworks change for the whole process.
+    logger = types.SimpleNamespace(warning=warnings.append)
     lifecycle.calibrate(model, batches, model, logger=logger)
     assert len(warnings) == 1 and 'cannot be watched' in warnings[0]
     assert relative(off(model, batches[0]), outputs(source, batches[0])) < 1e-4
