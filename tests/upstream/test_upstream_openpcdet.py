@@ -299,6 +299,34 @@ def test_full_size_off_is_float_and_w8a8_runs(upstream, double, tmp_path, monkey
     assert 1e-3 < max(errors) < 0.5
 
 
+def test_full_size_off_is_float_after_smoothing(upstream, double, tmp_path, monkeypatch):
+    from easydict import EasyDict
+
+    from q3d_plugin import lifecycle
+    from q3d_plugin.openpcdet import detector as adapter
+
+    plain = load_config(f'cfgs/nuscenes_models/{FULL_SIZE}.yaml')
+    torch.manual_seed(0)
+    reference = double.randomize(build(plain, tmp_path))
+    expected = raw_outputs(reference)
+    with quick_checkpoint(reference, tmp_path) as path:
+        for alpha, mode in ((0.0, 'static'), (0.5, 'static'), (1.0, 'static'), (0.5, 'dynamic')):
+            cfg = load_config(CONFIGS / f'{FULL_SIZE}_w8a8.yaml')
+            cfg.MODEL.QUANT.SMOOTHQUANT = EasyDict(ALPHA=alpha, MODE=mode)
+            model = build(cfg, tmp_path)
+            model.load_params_from_file(path, logging.getLogger('upstream'))
+            monkeypatch.setattr(adapter, 'calibration_loader', lambda *args, m=model: ([frame(m)], 1))
+            with torch.no_grad():
+                model(frame(model))
+            smoothed = [r.smoothquant for r in lifecycle.coverage(model) if r.smoothquant]
+            # All but the first layer, which the config leaves float.
+            assert len(smoothed) == 107 and all(r['alpha'] == alpha for r in smoothed)
+            lifecycle.set_enabled(model, False)
+            for name, value in raw_outputs(model).items():
+                error = (value - expected[name]).abs().max() / expected[name].abs().max()
+                assert error < 1e-4, (alpha, mode, name)
+
+
 @pytest.mark.parametrize(
     'config',
     [
