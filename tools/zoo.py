@@ -53,6 +53,7 @@ OURS = 'OURS'
 RECIPE = {'weight': {'calibrator': 'max'}, 'activation': {'calibrator': 'max'}}
 POINTS = 32_000
 IMAGE = (256, 512)
+VIEWS = 5
 SAMPLE = 1 << 16
 
 
@@ -197,17 +198,17 @@ class MMDet3D:
         steps = list(_steps(cfg.get('test_pipeline') or cfg.test_dataloader.dataset.pipeline))
         packed = {k for s in steps if s['type'] == 'Pack3DDetInputs' for k in s['keys']}
         loader = next((s for s in steps if s['type'] == 'LoadPointsFromFile'), {})
-        inputs = {}
+        inputs, views = {}, 0
         if 'points' in packed:
             inputs['points'] = [torch.from_numpy(self._points(cfg, model, loader, steps))]
         if 'img' in packed:
-            views = cfg.get('num_views') or cfg.model.get('num_views')
+            views = VIEWS if any('MultiView' in s['type'] for s in steps) else 0
             generator = torch.Generator().manual_seed(0)
             shape = (views, 3, *IMAGE) if views else (3, *IMAGE)
             inputs['img'] = [torch.randint(0, 256, shape, generator=generator).float()]
         coordinates = next((s['coord_type'] for s in steps if 'coord_type' in s), None)
         coordinates = coordinates or ('CAMERA' if not hasattr(model, 'neck_3d') else 'LIDAR')
-        sample = Det3DDataSample(metainfo=_metainfo(*get_box_type(coordinates.title())))
+        sample = Det3DDataSample(metainfo=_metainfo(*get_box_type(coordinates.title()), views))
         data = model.data_preprocessor({'inputs': inputs, 'data_samples': [sample]}, False)
         return data['inputs'], data['data_samples']
 
@@ -249,14 +250,14 @@ def _steps(pipeline) -> Iterator[Dict]:
         yield from _steps(step.get('transforms', ()))
 
 
-def _metainfo(box_type, box_mode) -> Dict[str, Any]:
-    """What the pipelines write about a frame, for a camera that looks ahead."""
+def _metainfo(box_type, box_mode, views: int) -> Dict[str, Any]:
+    """What the pipelines write about a frame, for a camera that looks ahead, or several that do."""
     height, width = IMAGE
     cam2img = np.array([[width, 0, width / 2, 0], [0, width, height / 2, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
     lidar2cam = np.array([[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
     depth2cam = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0.0]])
     lidar2img = (cam2img @ lidar2cam).astype(np.float32)
-    return {
+    made = {
         'box_type_3d': box_type,
         'box_mode_3d': box_mode,
         'cam2img': cam2img.astype(np.float32).tolist(),
@@ -277,6 +278,11 @@ def _metainfo(box_type, box_mode) -> Dict[str, Any]:
         'sample_idx': 0,
         'lidar_path': 'frame.bin',
     }
+    if views:
+        for key in ('lidar2cam', 'lidar2img', 'ori_cam2img', 'ori_lidar2img', 'scale_factor', 'flip'):
+            made[key] = [made[key]] * views
+        made.update(num_views=views, num_ref_frames=0)
+    return made
 
 
 def put_quant_types(node: Any, scope: str = '') -> int:
