@@ -153,9 +153,8 @@ def standard_list(
     smoothed = [r.name for r in rows if isinstance(units[r.name], QuantWeightLayer)]
     smoothed = [n for n in smoothed if recipe.plan(n).smooth is not None]
     out = sensitivity.SkipList(budget=args.keep_output_error)
-    lengths = [0, *(2**i for i in range(10) if 2**i < args.max_skipped), args.max_skipped]
     best = float('inf')
-    for length in dict.fromkeys(min(n, len(smoothed)) for n in lengths):
+    for length in sensitivity.doubling(min(args.max_skipped, len(smoothed))):
         names = smoothed[:length]
         if length:
             bench.prepare(treated(recipe, names, 'standard'), title=f'{length} layers standard')
@@ -164,6 +163,7 @@ def standard_list(
             switch, Replay(bench.model, bench.forward), batches, {}, switch.names, references
         )
         relative = float('inf') if error.relative_l1 is None else error.relative_l1
+        out.lengths.append(length)
         out.errors.append(relative)
         if not error.nan and not error.inf and relative < best:
             best, out.names = relative, names
@@ -284,7 +284,7 @@ def run(argv: Optional[List[str]] = None) -> int:
         if args.treat == 'float':
             files.write_json(out / 'skip.json', [*recipe.skip, *found.names])
         if len(found.errors) > 1:
-            files.write_bytes(out / 'skip.png', charts.skip_curve(found.errors, found.budget))
+            files.write_bytes(out / 'skip.png', charts.skip_curve(found.lengths, found.errors, found.budget))
     result['seconds'], result['cpu_seconds'] = seconds, processor
     files.write_json(out / 'sensitivity.json', result)
     files.write_csv(out / 'sensitivity.csv', result['rows'])

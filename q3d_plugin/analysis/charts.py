@@ -65,10 +65,10 @@ def sensitivity_chart(rows: Sequence[Dict[str, Any]], most: int = 40) -> bytes:
     return png(made)
 
 
-def skip_curve(errors: Sequence[float], budget: float) -> bytes:
-    """The error of the outputs against the number of float layers."""
+def skip_curve(lengths: Sequence[int], errors: Sequence[float], budget: float) -> bytes:
+    """The error of the outputs against the number of layers in a skip list."""
     made, axes = figure(6, 3.2)
-    axes.plot(range(len(errors)), errors, marker='o', color='#b2182b')
+    axes.plot(lengths, errors, marker='o', color='#b2182b')
     axes.axhline(budget, color='grey', linestyle='--', linewidth=1)
     axes.text(0, budget, ' budget', va='bottom', fontsize=8, color='grey')
     axes.xaxis.get_major_locator().set_params(integer=True)

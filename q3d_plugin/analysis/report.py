@@ -260,7 +260,9 @@ def _sensitivity(run: Run) -> str:
     if skip and len(skip['errors']) > 1:
         names = ', '.join(map(html.escape, skip['names']))
         out += f'<p>Skip list for an error of {skip["budget"]:g}: {names}</p>'
-        out += _image(charts.skip_curve(skip['errors'], skip['budget']), 'error against skipped layers')
+        out += _image(
+            charts.skip_curve(skip['lengths'], skip['errors'], skip['budget']), 'error against skipped layers'
+        )
     return out
 
 

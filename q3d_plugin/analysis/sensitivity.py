@@ -4,6 +4,7 @@ The measures are those of the study and of common practice: L1, relative L1, SQN
 output against float, and the L1 of the detector's raw outputs with that layer quantized alone.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ __all__ = [
     'Switch',
     'calibrate',
     'choose_skips',
+    'doubling',
     'float_outputs',
     'groups_of',
     'local_errors',
@@ -126,8 +128,13 @@ def calibrate(model: nn.Module, batches: Iterable, forward: Callable, run: Calla
     return bad
 
 
-def _tensor(output: Any) -> Tensor:
-    return output.features if hasattr(output, 'features') and hasattr(output, 'indices') else output
+def _read(unit: QuantUnit, output: Any) -> Tensor:
+    """What is read of an output: of an addition before a ReLU, what that lets through.
+
+    The range of such an addition covers nothing else, and what it does to the rest is no error.
+    """
+    tensor = output.features if hasattr(output, 'features') and hasattr(output, 'indices') else output
+    return tensor.relu() if getattr(unit, 'before_relu', False) else tensor
 
 
 def _again(unit: QuantUnit, args: tuple, output: Any) -> tuple:
@@ -143,7 +150,8 @@ def _again(unit: QuantUnit, args: tuple, output: Any) -> tuple:
 def local_errors(switch: Switch, forward: _FORWARD, batches: Iterable) -> Dict[str, ErrorSums]:
     """Error of every unit's own output on the float model's input, for all units in one pass.
 
-    Each unit computes twice: in float, which is passed on, and quantized, which is compared.
+    Each unit computes twice: in float, which is passed on, and quantized, which is compared. Additions are
+    compared behind their ReLU, where one follows.
 
     Args:
         switch: Of the model.
@@ -160,7 +168,7 @@ def local_errors(switch: Switch, forward: _FORWARD, batches: Iterable) -> Dict[s
                 quantized = type(unit).forward(unit, *_again(unit, args, output), **kwargs)
             finally:
                 switch.set(name, False)
-            sums[name].add(_tensor(output), _tensor(quantized))
+            sums[name].add(_read(unit, output), _read(unit, quantized))
 
         return hook
 
@@ -373,12 +381,14 @@ class SkipList:
 
     Attributes:
         names: The most harmful first.
-        errors: Relative L1 of the raw outputs with the first 0, 1, 2, ... of them float.
+        lengths: How many of them were float where the error was measured: 0, 1, 2, 4, ... and all.
+        errors: Relative L1 of the raw outputs with so many of them float.
         budget: What the error had to come down to.
         kept: Whether it did.
     """
 
     names: List[str] = field(default_factory=list)
+    lengths: List[int] = field(default_factory=list)
     errors: List[float] = field(default_factory=list)
     budget: float = 0.0
     kept: bool = False
@@ -408,9 +418,9 @@ def choose_skips(
 
     Layers hide and mend each other's errors: while one of two layers in a row spoils everything, leaving the
     other one float changes nothing, so a list cannot be grown by what the next layer improves. It is made too
-    long first (the shortest head of the ranking that keeps the budget, by bisection); then the layers are
-    given back that, quantized again, do least harm. The choice is made on the first frames; whether the
-    budget is kept is measured on all of them.
+    long first (the shortest head of the ranking that keeps the budget, by bisection, and no more than twice
+    ``most``); then the layers are given back that, quantized again, do least harm. The choice is made on the
+    first frames; whether the budget is kept is measured on all of them.
 
     Args:
         switch: Of the model.
@@ -419,7 +429,8 @@ def choose_skips(
         ranking: Names, the most harmful first.
         budget: Relative L1 of the raw outputs.
         most: The longest list.
-        candidates: While the list is too long, how many of its last layers are tried at least.
+        candidates: How many layers are tried at a step, at least: of the last ones while the list is too
+            long; when it keeps the budget, how many may break it, one after the other, before it is final.
         trial_frames: How many frames the choice among them is made on.
         progress: Whether to show a progress bar.
     """
@@ -448,10 +459,11 @@ def choose_skips(
         return sorted(tried, key=lambda n: _cost(found[n]))
 
     with tqdm(desc='skip list', unit='pass', disable=not progress) as bar:
+        limit = min(len(ranking), 2 * most)
         low, high = -1, 0
-        while high < len(ranking) and not kept(ranking[:high]):
-            low, high = high, min(max(1, 2 * high), len(ranking))
-        while high - low > 1:
+        while not (found := kept(ranking[:high])) and high < limit:
+            low, high = high, min(max(1, 2 * high), limit)
+        while found and high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if kept(ranking[:middle]) else (middle, high)
         names = list(ranking[:high])
@@ -460,13 +472,29 @@ def choose_skips(
             many = (len(names) - most + 1) // 2
             back = least_harmful(names, names[-max(candidates, 2 * many) :])[:many]
             names = [n for n in names if n not in back]
-        keeps = kept(names)
+        keeps, refused = kept(names), 0
         for name in least_harmful(names, names) if keeps and names else ():
             shorter = [n for n in names if n != name]
             if kept(shorter):
-                names = shorter
-        errors = [error_of(names[:i]).relative_l1 for i in range(len(names) + 1)]
-    return SkipList(names=names, errors=errors, budget=budget, kept=keeps)
+                names, refused = shorter, 0
+            else:
+                refused += 1
+            if refused == candidates:
+                break  # the rest does more harm
+        lengths = doubling(len(names))
+        errors = [error_of(names[:i]).relative_l1 for i in lengths]
+    return SkipList(names=names, lengths=lengths, errors=errors, budget=budget, kept=keeps)
+
+
+def doubling(most: int) -> List[int]:
+    """Lengths to measure a list at: few, but all of the short ones.
+
+    Examples:
+        >>> doubling(20)
+        [0, 1, 2, 4, 8, 16, 20]
+    """
+    powers = itertools.takewhile(lambda n: n < most, (2**i for i in itertools.count()))
+    return sorted({0, *powers, most})
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ scale takes part: the input of the model, its outputs, a sigmoid.
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import numpy as np
 import torch
@@ -138,6 +138,7 @@ class ChannelGraph:
         self._parent = np.arange(count)
         self._reasons: Dict[int, str] = {}
         self.called: List[str] = []
+        self.calls = 0  # of a whole pass, known once every layer was called
         self._unite_by_structure()
 
     def _unite_by_structure(self) -> None:
@@ -219,19 +220,26 @@ class ChannelGraph:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator['_Watch']:
-        """Watches one forward pass; what it returns has to be given to ``returned``."""
+        """Watches one forward pass; what it returns has to be given to ``returned``.
+
+        Once a pass has called every layer, later ones are watched up to the last call: what is done with the
+        outputs is known by then, and decoding and NMS have many small operations.
+        """
         watch = _Watch(self)
         handles = []
         for name, layer in self.layers.items():
             handles.append(layer.register_forward_pre_hook(watch.entering(name), with_kwargs=True))
             handles.append(layer.register_forward_hook(watch.leaving(name), with_kwargs=True))
         try:
-            with watch:
+            with watch.stack:
+                watch.stack.enter_context(watch)
                 yield watch
         finally:
             for handle in handles:
                 handle.remove()
         watch.finish()
+        if len(self.called) == len(self.layers):
+            self.calls = max(self.calls, watch.calls)
 
 
 class _Watch(TorchDispatchMode):
@@ -242,8 +250,11 @@ class _Watch(TorchDispatchMode):
         self.graph = graph
         self.trails = WeakTensorKeyDictionary()
         self.zeros = WeakTensorKeyDictionary()
+        self.ids: Set[int] = set()  # of all that were ever in one of the two: a look there costs much more
         self.all: List[_Trail] = []
         self.inside = 0
+        self.calls = 0
+        self.stack = contextlib.ExitStack()
 
     # Layers.
 
@@ -282,6 +293,9 @@ class _Watch(TorchDispatchMode):
             activation = getattr(layer, 'act_type', None)
             if activation is not None and str(activation).rpartition('.')[2] not in ('None_', 'ReLU'):
                 self.graph.fix(slots, f'the activation in {name} does not follow a scale')
+            self.calls += 1
+            if self.calls == self.graph.calls:
+                self.stack.close()
 
         return hook
 
@@ -307,15 +321,16 @@ class _Watch(TorchDispatchMode):
             name = func.overloadpacket.__name__
             if name in _ZEROS or (name == 'full' and args[1] == 0):
                 self.zeros[out] = True
+                self.ids.add(id(out))
             elif name not in _SILENT:
                 self._operation(name, args, kwargs, out)
         return out
 
     def _operation(self, name: str, args: Tuple, kwargs: Mapping, out: Any) -> None:
-        tracked = [t for t in tensors_in([args, kwargs]) if t in self.trails]
+        tracked = [t for t in tensors_in([args, kwargs]) if id(t) in self.ids and t in self.trails]
         if not tracked:
             # Whatever is done with zeros, by way of a view too, they may be something else afterwards.
-            if args and isinstance(args[0], Tensor):
+            if args and isinstance(args[0], Tensor) and id(args[0]) in self.ids:
                 self.zeros.pop(args[0], None)
             return
         inplace = name.endswith('_') and not name.endswith('__')
@@ -349,6 +364,7 @@ class _Watch(TorchDispatchMode):
             return True
         trail = _Trail(slots, axis)
         self.trails[out] = trail
+        self.ids.add(id(out))
         self.all.append(trail)
         return True
 

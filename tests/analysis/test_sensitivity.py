@@ -5,12 +5,14 @@ import itertools
 import pytest
 import torch
 from analysis_toys import ToyBench
+from torch import nn
 
 from q3d_plugin import lifecycle
 from q3d_plugin.analysis import sensitivity
 from q3d_plugin.analysis.measures import ErrorSums, OutputError
 from q3d_plugin.analysis.replay import Replay
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.layers import QuantAdd
 from q3d_plugin.recipe import Recipe
 
 
@@ -54,6 +56,28 @@ def test_own_errors_of_one_pass_are_those_of_each_layer_alone(bench):
         assert found[name].l1 == pytest.approx(slow.l1, rel=1e-6), name
         assert found[name].cosine == pytest.approx(slow.cosine, rel=1e-6), name
         assert found[name].l1 > 0, name
+
+
+def test_what_a_relu_removes_is_no_error_of_the_addition_before_it():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add = QuantAdd(before_relu=True)
+
+        def forward(self, batch):
+            return {'out': self.add(*batch).relu()}
+
+    torch.manual_seed(0)
+    a, b = torch.rand(1000), torch.rand(1000) - 0.5
+    b[:300] = -100 * b[:300].abs()  # far below the range of the places where the sum is positive
+    model, batches = Block().eval(), [(a, b)]
+    lifecycle.configure(model, Recipe.from_dict({}))
+    lifecycle.calibrate(model, batches, model)
+    sums = sensitivity.local_errors(sensitivity.Switch(model), model, batches)['add']
+    with torch.no_grad():
+        expected = (model.add(a, b).relu() - (a + b).relu()).abs().mean().item()
+    assert sums.l1 == pytest.approx(expected, rel=1e-5)
+    assert 0 < sums.relative_l1 < 0.02
 
 
 def test_measuring_leaves_the_model_as_it_was(bench):
@@ -136,6 +160,9 @@ def test_skip_list_keeps_the_budget_with_no_more_layers_than_needed(bench):
         switch, replay, batches, ranking, 0.6 * whole, 9, 20, trial_frames=2, progress=False
     )
     assert found.kept
+    assert found.lengths[0] == 0 and found.lengths[-1] == len(found.names)
+    for length, error in zip(found.lengths, found.errors):
+        assert error == pytest.approx(error_without(found.names[:length]), rel=1e-5)
     assert found.errors[0] == pytest.approx(whole, rel=1e-5)
     assert found.errors[-1] == pytest.approx(error_without(found.names), rel=1e-5)
     assert found.errors[-1] <= 0.6 * whole
@@ -144,7 +171,7 @@ def test_skip_list_keeps_the_budget_with_no_more_layers_than_needed(bench):
         assert error_without(shorter) > 0.6 * whole
     # A budget that cannot be kept is not said to be.
     short = sensitivity.choose_skips(switch, replay, batches, ranking, 0.0, 2, 1, progress=False)
-    assert not short.kept and len(short.names) == 2 and len(short.errors) == 3
+    assert not short.kept and len(short.names) == 2 and short.lengths == [0, 1, 2]
     assert short.errors[-1] == pytest.approx(error_without(short.names), rel=1e-5)
     assert short.errors[-1] < whole
 

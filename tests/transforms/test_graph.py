@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from q3d_plugin.lifecycle import set_enabled, units
+from q3d_plugin.transforms import graph as graph_module
 from q3d_plugin.transforms.graph import ChannelGraph
 from q3d_plugin.transforms.insert import quantize_, share_input
 
@@ -310,3 +311,52 @@ def test_watching_changes_nothing():
             watch.returned(got)
         assert torch.equal(got, expected) and torch.equal(model(x), expected)
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize('late', [False, True], ids=['all at once', 'a second stage later'])
+def test_decoding_is_watched_until_every_layer_is_known(late):
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.stage = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+            self.decoded, self.second = 0, True
+
+        def forward(self, x):
+            x = self.head(self.body(x).relu())
+            if self.second:
+                x = self.stage(x.relu())
+            for _ in range(5):  # NMS has thousands
+                x = x.sigmoid()
+                self.decoded += 1
+            return x
+
+    seen = []
+
+    class Counting(graph_module._Watch):
+        def _operation(self, name, *args):
+            seen.append(name)
+            super()._operation(name, *args)
+
+    model = quantize_(Detector()).eval()
+    set_enabled(model, False)
+    whole, graph, counts = ChannelGraph(units(model)), ChannelGraph(units(model)), []
+    with torch.no_grad():
+        with whole.watching() as watch:
+            watch.returned(model(images()))
+        for i in range(3):
+            model.second = not late or i > 0
+            seen.clear()
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(graph_module, '_Watch', Counting)
+                with graph.watching() as watch:
+                    watch.returned(model(images()))
+            counts.append(seen.count('sigmoid'))
+    assert counts == ([5, 5, 0] if late else [5, 0, 0])
+    assert model.decoded == 20
+    assert pairs(graph, 'stage', 'head') == [{('head', c)} for c in range(4)]
+    if not late:
+        # Without the second stage the head's outputs are decoded, so that their scale stays.
+        assert (graph.fixed() == whole.fixed()).all()
+        assert not graph.fixed()[graph.read('stage')].any()
+    assert (graph.sets() == whole.sets()).all()
