@@ -32,6 +32,10 @@ from q3d_plugin.errors import Q3DError  # noqa: E402
 from q3d_plugin.layers import QuantWeightLayer  # noqa: E402
 from q3d_plugin.recipe import Recipe  # noqa: E402
 
+# Frames of calibration that tell which layers are worse than others; that of a full-size detector with 300
+# frames takes longer than everything here.
+ENOUGH = 32
+
 COLUMNS = (
     ('l1', 'L1', '.3g'),
     ('relative_l1', 'rel. L1', '.4f'),
@@ -58,7 +62,9 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--split', choices=('train', 'val', 'test'), help="default: the recipe's calibration")
     parser.add_argument('--seed', type=int, help="chooses the frames (default: the recipe's)")
     parser.add_argument(
-        '--calibration-frames', type=int, help="frames that ranges are taken from (default: the recipe's)"
+        '--calibration-frames',
+        type=int,
+        help=f"frames that ranges are taken from (default: the recipe's, at most {ENOUGH} or --frames)",
     )
     parser.add_argument('--bits', type=int, nargs=2, metavar=('W', 'A'), help="in place of the recipe's")
     parser.add_argument('--local', action='store_true', help='only the own errors of the layers: one pass')
@@ -88,7 +94,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     return args
 
 
-def chosen_recipe(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+def chosen_recipe(recipe: Recipe, args: argparse.Namespace, quantized: bool = False) -> Recipe:
     """The config's recipe with what the command line changes."""
     plain = recipe.to_dict()
     if recipe.mode == 'float':
@@ -96,8 +102,15 @@ def chosen_recipe(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     if args.bits:
         for key, bits in zip(('weight', 'activation'), args.bits):
             plain[key] = {**(plain[key] or {}), 'bits': bits}
-    if args.calibration_frames:
-        plain['calibration']['frames'] = args.calibration_frames
+    # A quantized checkpoint has ranges, and is known by its recipe.
+    most = recipe.calibration.frames if quantized else max(ENOUGH, args.frames)
+    frames = args.calibration_frames or min(recipe.calibration.frames, most)
+    if frames < recipe.calibration.frames:
+        print(
+            f'ranges of {frames} frames, of which the recipe has {recipe.calibration.frames}: '
+            '--calibration-frames takes more'
+        )
+    plain['calibration']['frames'] = frames
     if args.treat == 'standard' and not plain.get('smoothquant'):
         raise Q3DError(
             "--treat: 'standard' takes SmoothQuant from listed layers, and the recipe has no smoothquant; "
@@ -188,6 +201,8 @@ def pasted(recipe: Recipe, names: List[str], treat: str, framework: str) -> str:
     """The list as the config takes it, with what was in the recipe before."""
     if treat == 'float':
         return command.paste_list('skip', [*recipe.skip, *names], framework)
+    if not names:
+        return '# no layer is better off without SmoothQuant'
     listed = ', '.join(repr(n) for n in names)
     if framework == 'openpcdet':
         return f'SMOOTHQUANT: {{OVERRIDES: [{{LAYERS: [{listed}], ALPHA: null}}]}}'
@@ -210,7 +225,7 @@ def run(argv: Optional[List[str]] = None) -> int:
         clock, used = now, now_used
 
     bench = open_bench(args.config, args.checkpoint, command.options_of(args))
-    recipe = chosen_recipe(bench.recipe, args)
+    recipe = chosen_recipe(bench.recipe, args, bench.quantized)
     spec = recipe.calibration
     split, seed = args.split or spec.split, spec.seed if args.seed is None else args.seed
     batches = list(bench.frames(split, args.frames, seed))

@@ -17,6 +17,7 @@ sys.path.insert(0, str(REPOSITORY / 'tests' / 'analysis'))
 from analysis_toys import ToyBench  # noqa: E402
 
 from q3d_plugin import lifecycle  # noqa: E402
+from q3d_plugin.analysis.measures import OutputError  # noqa: E402
 from q3d_plugin.recipe import Recipe  # noqa: E402
 
 
@@ -94,6 +95,53 @@ def test_sensitivity_local_is_one_pass(run, tmp_path, checkpoint):
     assert len(passes) == 3 + 2
     rows = json.loads((tmp_path / 'out' / 'sensitivity.json').read_text())['rows']
     assert all(r['output_relative_l1'] is None and r['l1'] > 0 for r in rows)
+
+
+def test_sensitivity_calibrates_on_few_frames_where_the_recipe_has_many(run, tmp_path, checkpoint, capsys):
+    recipe = Recipe.from_dict({'calibration': {'frames': 300}})
+    for given, expected in (((), 32), (('--frames', 34), 34), (('--calibration-frames', 5), 5)):
+        bench, counts = ToyBench(checkpoint=checkpoint, recipe=recipe), []
+        frames = bench.frames
+        bench.frames = lambda split, count, seed=0, f=frames, c=counts: (
+            c.append(count) or f(split, count, seed)
+        )
+        assert run('sensitivity', '--local', *given, bench=bench) == 0
+        found = json.loads((tmp_path / 'out' / 'sensitivity.json').read_text())
+        assert found['recipe']['calibration']['frames'] == expected and expected in counts
+        assert f'ranges of {expected} frames' in capsys.readouterr().out
+
+
+def test_listed_layers_are_quantized_without_smoothquant_where_that_is_asked_for(run, tmp_path, checkpoint):
+    recipe = Recipe.from_dict(
+        {'weight': {'bits': 4}, 'smoothquant': {'alpha': 1.0}, 'calibration': {'frames': 3}}
+    )
+    bench = ToyBench(checkpoint=checkpoint, recipe=recipe)
+    given = ('--frames', 2, '--treat', 'standard', '--keep-output-error', 0, '--max-skipped', 3)
+    assert run('sensitivity', *given, bench=bench) == 0
+    found = json.loads((tmp_path / 'out' / 'sensitivity.json').read_text())
+    skip = found['skip']
+    assert skip['treat'] == 'standard' and skip['lengths'] == [0, 1, 2, 3] and not skip['kept']
+    weighted = [n for n, u in lifecycle.units(ToyBench().model) if hasattr(u, 'weight')]
+    ranked = [r['name'] for r in found['rows'] if r['name'] in weighted]
+    best = min(zip(skip['errors'], skip['lengths']))
+    assert skip['names'] == ranked[: best[1]]
+    assert not (tmp_path / 'out' / 'skip.json').exists()
+    # The error of each length is that of a detector which is made with such a recipe.
+    for length, error in zip(skip['lengths'], skip['errors']):
+        spare = {'overrides': [{'layers': ranked[:length], 'alpha': None}]} if length else {}
+        plain = {**recipe.to_dict(), 'smoothquant': {'alpha': 1.0, **spare}}
+        other = ToyBench(checkpoint=checkpoint, recipe=Recipe.from_dict(plain))
+        other.prepare(other.recipe)
+        measured = OutputError()
+        for batch in other.frames('train', 2):
+            quantized = other.forward(batch)
+            lifecycle.set_enabled(other.model, False)
+            measured.add({k: v.clone() for k, v in other.forward(batch).items()}, quantized)
+            lifecycle.set_enabled(other.model, True)
+        assert measured.relative_l1 == pytest.approx(error, rel=1e-3)
+    pasted = eval(f'dict({(tmp_path / "out" / "skip.txt").read_text()})')
+    assert pasted['smoothquant']['overrides'] == [{'layers': skip['names'], 'alpha': None}]
+    assert tool('sensitivity').pasted(recipe, [], 'standard', 'openpcdet').startswith('#')
 
 
 def test_sensitivity_of_groups(run, tmp_path):
