@@ -71,6 +71,13 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--reverse', action='store_true', help='also everything quantized but one layer')
     parser.add_argument('--group', help="a depth such as 1, or patterns: 'pts_backbone,*head*'")
     parser.add_argument('--keep-output-error', type=float, default=0.01, metavar='E', help='default: 0.01')
+    parser.add_argument(
+        '--keep-map',
+        type=float,
+        metavar='POINTS',
+        help="choose by the framework's own metric instead: the shortest list that loses at most so many "
+        'points of mAP (0.3, say) against float, by a few evaluations',
+    )
     parser.add_argument('--max-skipped', type=int, default=20, metavar='N', help='default: 20')
     parser.add_argument(
         '--candidates', type=int, default=8, help='layers tried at each step, at least (default: 8)'
@@ -90,7 +97,12 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     command.at_least(args, 1, 'frames', 'calibration_frames', 'max_skipped', 'candidates', 'trial_frames')
-    command.at_least(args, 0, 'keep_output_error', 'seed')
+    command.at_least(args, 0, 'keep_output_error', 'keep_map', 'seed')
+    if args.keep_map is not None and (args.treat != 'float' or args.local or args.group or args.no_skip_list):
+        raise Q3DError(
+            '--keep-map: it chooses layers to leave float, so it does not go with --treat standard, '
+            '--local, --group or --no-skip-list'
+        )
     return args
 
 
@@ -130,6 +142,20 @@ def prepare(bench: Bench, recipe: Recipe) -> List[str]:
     return sensitivity.calibrate(
         bench.model, frames, bench.forward, lambda: bench.prepare(recipe, frames, 'calibration')
     )
+
+
+def float_map(bench: Bench, recipe: Recipe) -> float:
+    """mAP of the float model, by the framework's own evaluation."""
+    if bench.quantized:
+        lifecycle.set_enabled(bench.model, False)
+    else:
+        bench.prepare(Recipe.from_dict({**recipe.to_dict(), 'mode': 'float'}))
+    found = bench.evaluate()['mAP']
+    if bench.quantized:
+        lifecycle.set_enabled(bench.model, True)
+    if found is None:
+        raise Q3DError("--keep-map: this data set's metric has no mAP; --keep-output-error would work")
+    return found
 
 
 def table(rows: List[sensitivity.Row]) -> str:
@@ -230,6 +256,10 @@ def run(argv: Optional[List[str]] = None) -> int:
     split, seed = args.split or spec.split, spec.seed if args.seed is None else args.seed
     batches = list(bench.frames(split, args.frames, seed))
     lap('loading')
+    reference = None
+    if args.keep_map is not None:
+        reference = float_map(bench, recipe)
+        lap('mAP of float')
     came_bad = prepare(bench, recipe)
     lap('calibration')
 
@@ -275,8 +305,12 @@ def run(argv: Optional[List[str]] = None) -> int:
         'skip': None,
     }
     if not (args.local or args.group or args.no_skip_list):
-        if args.treat == 'float':
-            ranking = [r.name for r in rows if r.name in switch.names]
+        ranking = [r.name for r in rows if r.name in switch.names]
+        if args.keep_map is not None:
+            found = sensitivity.choose_by_metric(
+                switch, lambda: bench.evaluate()['mAP'], reference, ranking, args.keep_map, args.max_skipped
+            )
+        elif args.treat == 'float':
             found = sensitivity.choose_skips(
                 switch,
                 replay,
@@ -299,7 +333,9 @@ def run(argv: Optional[List[str]] = None) -> int:
         if args.treat == 'float':
             files.write_json(out / 'skip.json', [*recipe.skip, *found.names])
         if len(found.errors) > 1:
-            files.write_bytes(out / 'skip.png', charts.skip_curve(found.lengths, found.errors, found.budget))
+            files.write_bytes(
+                out / 'skip.png', charts.skip_curve(found.lengths, found.errors, found.budget, found.measure)
+            )
     result['seconds'], result['cpu_seconds'] = seconds, processor
     files.write_json(out / 'sensitivity.json', result)
     files.write_csv(out / 'sensitivity.csv', result['rows'])
@@ -314,9 +350,9 @@ def run(argv: Optional[List[str]] = None) -> int:
 def verdict(found: sensitivity.SkipList, args: argparse.Namespace, paste: str) -> str:
     """What the list does, and the list."""
     word = {'float': 'left float', 'standard': 'without SmoothQuant'}[args.treat]
-    first, last = found.errors[0], min(e for e in found.errors if e is not None)
-    line = f'relative L1 of the outputs with everything quantized: {first:.5f}\n'
-    line += f'with {len(found.names)} layers {word}: {last:.5f}; budget {found.budget:g}: '
+    after = dict(zip(found.lengths, found.errors)).get(len(found.names))
+    line = f'{found.measure} with everything quantized: {found.errors[0]:.5f}\n'
+    line += f'with {len(found.names)} layers {word}: {after:.5f}; budget {found.budget:g}: '
     if found.kept:
         return f'{line}kept\n\n{paste}'
     return f'{line}NOT kept (--max-skipped {args.max_skipped})\n\n{paste}'

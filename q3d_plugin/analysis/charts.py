@@ -65,16 +65,23 @@ def sensitivity_chart(rows: Sequence[Dict[str, Any]], most: int = 40) -> bytes:
     return png(made)
 
 
-def skip_curve(lengths: Sequence[int], errors: Sequence[float], budget: float) -> bytes:
-    """The error of the outputs against the number of layers in a skip list."""
+def skip_curve(lengths: Sequence[int], errors: Sequence[float], budget: float, measure: str) -> bytes:
+    """The error against the number of layers in a skip list.
+
+    Args:
+        lengths: Numbers of layers.
+        errors: With so many layers float.
+        budget: What the error has to come down to.
+        measure: What the error is.
+    """
     made, axes = figure(6, 3.2)
     axes.plot(lengths, errors, marker='o', color='#b2182b')
     axes.axhline(budget, color='grey', linestyle='--', linewidth=1)
     axes.text(0, budget, ' budget', va='bottom', fontsize=8, color='grey')
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel('layers left float')
-    axes.set_ylabel('relative L1 of the outputs')
-    axes.set_ylim(bottom=0)
+    axes.set_ylabel(measure)
+    axes.set_ylim(bottom=min(0, *errors))
     axes.grid(alpha=0.3)
     return png(made)
 

@@ -259,10 +259,9 @@ def _sensitivity(run: Run) -> str:
     skip = run.sensitivity.get('skip')
     if skip and len(skip['errors']) > 1:
         names = ', '.join(map(html.escape, skip['names']))
-        out += f'<p>Skip list for an error of {skip["budget"]:g}: {names}</p>'
-        out += _image(
-            charts.skip_curve(skip['lengths'], skip['errors'], skip['budget']), 'error against skipped layers'
-        )
+        out += f'<p>Skip list for a budget of {skip["budget"]:g} ({skip["measure"]}): {names}</p>'
+        drawn = charts.skip_curve(skip['lengths'], skip['errors'], skip['budget'], skip['measure'])
+        out += _image(drawn, 'error against skipped layers')
     return out
 
 

@@ -24,10 +24,13 @@ from q3d_plugin.quantizer import Mode
 from q3d_plugin.recipe import matches
 
 __all__ = [
+    'LOSS',
+    'RELATIVE_L1',
     'Row',
     'SkipList',
     'Switch',
     'calibrate',
+    'choose_by_metric',
     'choose_skips',
     'doubling',
     'float_outputs',
@@ -375,18 +378,24 @@ def groups_of(names: Sequence[str], group: str) -> Dict[str, List[str]]:
     return out
 
 
+RELATIVE_L1 = 'relative L1 of the outputs'
+LOSS = 'points of mAP below float'
+
+
 @dataclass
 class SkipList:
     """Layers to leave float, and the error that remains.
 
     Attributes:
+        measure: What the error is: relative L1 of the raw outputs, or points of mAP below float.
         names: The most harmful first.
-        lengths: How many of them were float where the error was measured: 0, 1, 2, 4, ... and all.
-        errors: Relative L1 of the raw outputs with so many of them float.
+        lengths: How many layers were float where the error was measured.
+        errors: With so many of them float.
         budget: What the error had to come down to.
         kept: Whether it did.
     """
 
+    measure: str = RELATIVE_L1
     names: List[str] = field(default_factory=list)
     lengths: List[int] = field(default_factory=list)
     errors: List[float] = field(default_factory=list)
@@ -484,6 +493,54 @@ def choose_skips(
         lengths = doubling(len(names))
         errors = [error_of(names[:i]).relative_l1 for i in lengths]
     return SkipList(names=names, lengths=lengths, errors=errors, budget=budget, kept=keeps)
+
+
+def choose_by_metric(
+    switch: Switch,
+    evaluate: Callable[[], float],
+    reference: float,
+    ranking: Sequence[str],
+    budget: float,
+    most: int,
+    progress: bool = True,
+) -> SkipList:
+    """The shortest head of a ranking whose layers, left float, bring mAP near enough to that of float.
+
+    By bisection: an evaluation for each binary digit of ``most``. That takes mAP to rise with the number of
+    float layers; where it is noisy the list is one that was measured to do, and not always the shortest.
+
+    Args:
+        switch: Of the model.
+        evaluate: Gives mAP, from 0 to 1, of the model as it is.
+        reference: mAP of the float model.
+        ranking: Names, the most harmful first.
+        budget: How many points (hundredths) of mAP may be lost.
+        most: The longest list.
+        progress: Whether to show a progress bar.
+    """
+    losses: Dict[int, float] = {}
+    everything = set(switch.names)
+
+    def kept(length: int) -> bool:
+        with switch.restored():
+            switch.only(everything.difference(ranking[:length]))
+            losses[length] = 100 * (reference - evaluate())
+        bar.set_postfix(float=length, loss=losses[length])
+        bar.update()
+        return losses[length] <= budget
+
+    low, high = 0, min(len(ranking), most)
+    with tqdm(desc='skip list by mAP', unit='evaluation', disable=not progress) as bar:
+        if kept(low):
+            high, found = low, True
+        else:
+            found = kept(high)
+        while found and high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if kept(middle) else (middle, high)
+    lengths = sorted(losses)
+    errors = [losses[n] for n in lengths]
+    return SkipList(LOSS, list(ranking[:high]), lengths, errors, budget, found)
 
 
 def doubling(most: int) -> List[int]:

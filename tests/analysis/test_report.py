@@ -91,7 +91,14 @@ def test_metrics_of_mmdetection3d(tmp_path):
 
 def test_sensitivity_and_sweep_from_other_folders(run_dir, tmp_path):
     row = {'name': 'stem.0', 'relative_l1': 0.1, 'output_relative_l1': 0.01, 'nan': 3}
-    skip = {'names': ['stem.0'], 'lengths': [0, 1], 'errors': [0.02, 0.01], 'budget': 0.01, 'kept': True}
+    skip = {
+        'measure': 'relative L1',
+        'names': ['stem.0'],
+        'lengths': [0, 1],
+        'errors': [0.02, 0.01],
+        'budget': 0.01,
+        'kept': True,
+    }
     write(tmp_path / 'sens', sensitivity={'rows': [row], 'skip': skip})
     entries = [
         {'name': f'weight.bits={b}', 'values': {'weight.bits': b}, 'result': {'mAP': b / 10}} for b in (8, 4)

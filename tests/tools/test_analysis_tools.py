@@ -111,6 +111,44 @@ def test_sensitivity_calibrates_on_few_frames_where_the_recipe_has_many(run, tmp
         assert f'ranges of {expected} frames' in capsys.readouterr().out
 
 
+def test_a_list_that_keeps_map(run, tmp_path, checkpoint, capsys):
+    recipe = Recipe.from_dict({'weight': {'bits': 3}, 'calibration': {'frames': 3}})
+    # The toy's metric is made worse by every quantized layer, by those of the head most.
+    bench = ToyBench(checkpoint=checkpoint, recipe=recipe)
+
+    def evaluate(folder=None):
+        on = [n for n, u in lifecycle.units(bench.model) if any(not q._disabled for q in u.quantizers())]
+        return {'mAP': 0.6 - sum(0.01 if 'head' in n else 0.001 for n in on), 'NDS': None}
+
+    bench.evaluate = evaluate
+    names = [n for n, _ in lifecycle.units(bench.model)]
+    heads = sum('head' in n for n in names)
+    assert run('sensitivity', '--frames', 2, '--keep-map', 2.0, bench=bench) == 0
+    found = json.loads((tmp_path / 'out' / 'sensitivity.json').read_text())
+    ranked, skip = [r['name'] for r in found['rows']], found['skip']
+
+    def loss(length):
+        return sum(1.0 if 'head' in n else 0.1 for n in ranked[length:])
+
+    shortest = next(n for n in range(len(ranked) + 1) if loss(n) <= 2.0)
+    assert 0 < shortest < len(ranked) and heads > 2
+    assert skip['names'] == ranked[:shortest] and skip['kept']
+    assert skip['errors'] == pytest.approx([loss(n) for n in skip['lengths']])
+    assert 'points of mAP below float' in capsys.readouterr().out
+    # Where the longest list is too short, it is said.
+    given = ('--frames', 2, '--keep-map', 2.0, '--max-skipped', 1)
+    assert run('sensitivity', *given, bench=bench) == 0
+    assert 'NOT kept' in capsys.readouterr().out
+    # Where nothing need be float, one evaluation beside that of float tells.
+    assert run('sensitivity', '--frames', 2, '--keep-map', 99, bench=bench) == 0
+    skip = json.loads((tmp_path / 'out' / 'sensitivity.json').read_text())['skip']
+    assert skip['names'] == [] and skip['lengths'] == [0] and skip['kept']
+
+    bench.evaluate = lambda: {'mAP': None}
+    assert run('sensitivity', '--frames', 2, '--keep-map', 2.0, bench=bench) == 2
+    assert 'has no mAP' in capsys.readouterr().err
+
+
 def test_listed_layers_are_quantized_without_smoothquant_where_that_is_asked_for(run, tmp_path, checkpoint):
     recipe = Recipe.from_dict(
         {'weight': {'bits': 4}, 'smoothquant': {'alpha': 1.0}, 'calibration': {'frames': 3}}
@@ -158,6 +196,8 @@ def test_sensitivity_of_groups(run, tmp_path):
         (('--treat', 'standard'), 'no smoothquant'),
         (('--group', 'spine'), 'spine'),
         (('--set', 'model'), 'KEY=VALUE'),
+        (('--keep-map', -1), '--keep-map: -1'),
+        (('--keep-map', 0.3, '--local'), '--keep-map: it chooses'),
     ],
 )
 def test_sensitivity_refuses(run, capsys, arguments, words):
