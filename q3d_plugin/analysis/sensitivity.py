@@ -506,8 +506,9 @@ def choose_by_metric(
 ) -> SkipList:
     """The shortest head of a ranking whose layers, left float, bring mAP near enough to that of float.
 
-    By bisection: an evaluation for each binary digit of ``most``. That takes mAP to rise with the number of
-    float layers; where it is noisy the list is one that was measured to do, and not always the shortest.
+    Lengths double until one does, and bisection between it and the one before finds the shortest: at most two
+    evaluations for each binary digit of ``most``. Where mAP is noisy, and does not rise with every layer, the
+    list is one that was measured to do, and perhaps not the shortest.
 
     Args:
         switch: Of the model.
@@ -529,12 +530,12 @@ def choose_by_metric(
         bar.update()
         return losses[length] <= budget
 
-    low, high = 0, min(len(ranking), most)
     with tqdm(desc='skip list by mAP', unit='evaluation', disable=not progress) as bar:
-        if kept(low):
-            high, found = low, True
-        else:
-            found = kept(high)
+        low, high, found = 0, 0, False
+        for length in doubling(min(len(ranking), most)):
+            low, high, found = high, length, kept(length)
+            if found:
+                break
         while found and high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if kept(middle) else (middle, high)
