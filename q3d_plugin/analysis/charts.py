@@ -123,7 +123,9 @@ def heat_map(
         columns: Labels.
         title: Above it.
     """
-    made, axes = figure(2.5 + 0.9 * len(columns), 1.6 + 0.42 * len(rows))
+    # A letter of this size is about 0.065 inches wide.
+    labels = 0.065 * max(map(len, rows))
+    made, axes = figure(2.0 + labels + max(0.9 * len(columns), 0.08 * len(title)), 1.6 + 0.42 * len(rows))
     filled = [[math.nan if v is None else v for v in line] for line in values]
     axes.set_facecolor('#dddddd')
     image = axes.imshow(filled, cmap='viridis', aspect='auto')
