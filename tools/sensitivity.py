@@ -3,9 +3,9 @@
     python tools/sensitivity.py CONFIG CHECKPOINT [--frames N] [--keep-output-error 0.01] [--max-skipped 20]
 
 Every layer is quantized alone and compared with float: its own output, and the raw outputs of the detector.
-Then layers are left float, one after the other, until the outputs are within the budget with everything else
-quantized. Results: table.txt, sensitivity.json, .csv and .png, skip.txt (to paste into the config) and
-skip.json (for tools/sweep.py), in --out.
+Then the shortest list of layers is looked for that, left float, brings the outputs within the budget with
+everything else quantized. Results: table.txt, sensitivity.json, .csv and .png, skip.txt (to paste into the
+config) and skip.json (for tools/sweep.py), in --out.
 """
 
 import os
@@ -144,15 +144,11 @@ def prepare(bench: Bench, recipe: Recipe) -> List[str]:
     )
 
 
-def float_map(bench: Bench, recipe: Recipe) -> float:
+def float_map(bench: Bench, switch: sensitivity.Switch) -> float:
     """mAP of the float model, by the framework's own evaluation."""
-    if bench.quantized:
-        lifecycle.set_enabled(bench.model, False)
-    else:
-        bench.prepare(Recipe.from_dict({**recipe.to_dict(), 'mode': 'float'}))
-    found = bench.evaluate()['mAP']
-    if bench.quantized:
-        lifecycle.set_enabled(bench.model, True)
+    with switch.restored():
+        switch.only(())
+        found = bench.evaluate()['mAP']
     if found is None:
         raise Q3DError("--keep-map: this data set's metric has no mAP; --keep-output-error would work")
     return found
@@ -256,16 +252,16 @@ def run(argv: Optional[List[str]] = None) -> int:
     split, seed = args.split or spec.split, spec.seed if args.seed is None else args.seed
     batches = list(bench.frames(split, args.frames, seed))
     lap('loading')
-    reference = None
-    if args.keep_map is not None:
-        reference = float_map(bench, recipe)
-        lap('mAP of float')
     came_bad = prepare(bench, recipe)
     lap('calibration')
 
     switch = sensitivity.Switch(bench.model)
     if not switch.names:
         raise Q3DError('nothing of the model is quantized: there is nothing to measure')
+    reference = None
+    if args.keep_map is not None:
+        reference = float_map(bench, switch)
+        lap('mAP of float')
     notes = {name: 'NaN or Inf came to it in calibration: left float' for name in came_bad}
     units = dict(lifecycle.units(bench.model))
     kinds = {name: unit.kind for name, unit in units.items() if name in switch.names or name in notes}
@@ -350,9 +346,11 @@ def run(argv: Optional[List[str]] = None) -> int:
 def verdict(found: sensitivity.SkipList, args: argparse.Namespace, paste: str) -> str:
     """What the list does, and the list."""
     word = {'float': 'left float', 'standard': 'without SmoothQuant'}[args.treat]
-    after = dict(zip(found.lengths, found.errors)).get(len(found.names))
-    line = f'{found.measure} with everything quantized: {found.errors[0]:.5f}\n'
-    line += f'with {len(found.names)} layers {word}: {after:.5f}; budget {found.budget:g}: '
+    # There is no error where all outputs are NaN.
+    errors = ['none, all NaN or Inf' if e is None else f'{e:.5f}' for e in found.errors]
+    line = f'{found.measure} with everything quantized: {errors[0]}\n'
+    after = errors[found.lengths.index(len(found.names))]
+    line += f'with {len(found.names)} layers {word}: {after}; budget {found.budget:g}: '
     if found.kept:
         return f'{line}kept\n\n{paste}'
     return f'{line}NOT kept (--max-skipped {args.max_skipped})\n\n{paste}'

@@ -65,23 +65,26 @@ def sensitivity_chart(rows: Sequence[Dict[str, Any]], most: int = 40) -> bytes:
     return png(made)
 
 
-def skip_curve(lengths: Sequence[int], errors: Sequence[float], budget: float, measure: str) -> bytes:
+def skip_curve(
+    lengths: Sequence[int], errors: Sequence[Optional[float]], budget: float, measure: str
+) -> bytes:
     """The error against the number of layers in a skip list.
 
     Args:
         lengths: Numbers of layers.
-        errors: With so many layers float.
+        errors: With so many layers float; None where it is not finite.
         budget: What the error has to come down to.
         measure: What the error is.
     """
     made, axes = figure(6, 3.2)
+    errors = [math.nan if e is None or math.isinf(e) else e for e in errors]
     axes.plot(lengths, errors, marker='o', color='#b2182b')
     axes.axhline(budget, color='grey', linestyle='--', linewidth=1)
     axes.text(0, budget, ' budget', va='bottom', fontsize=8, color='grey')
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel('layers left float')
     axes.set_ylabel(measure)
-    axes.set_ylim(bottom=min(0, *errors))
+    axes.set_ylim(bottom=min([0, *(e for e in errors if not math.isnan(e))]))
     axes.grid(alpha=0.3)
     return png(made)
 

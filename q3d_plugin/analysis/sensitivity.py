@@ -390,7 +390,7 @@ class SkipList:
         measure: What the error is: relative L1 of the raw outputs, or points of mAP below float.
         names: The most harmful first.
         lengths: How many layers were float where the error was measured.
-        errors: With so many of them float.
+        errors: With so many of them float; None where no output is finite.
         budget: What the error had to come down to.
         kept: Whether it did.
     """
@@ -398,7 +398,7 @@ class SkipList:
     measure: str = RELATIVE_L1
     names: List[str] = field(default_factory=list)
     lengths: List[int] = field(default_factory=list)
-    errors: List[float] = field(default_factory=list)
+    errors: List[Optional[float]] = field(default_factory=list)
     budget: float = 0.0
     kept: bool = False
 
@@ -468,13 +468,7 @@ def choose_skips(
         return sorted(tried, key=lambda n: _cost(found[n]))
 
     with tqdm(desc='skip list', unit='pass', disable=not progress) as bar:
-        limit = min(len(ranking), 2 * most)
-        low, high = -1, 0
-        while not (found := kept(ranking[:high])) and high < limit:
-            low, high = high, min(max(1, 2 * high), limit)
-        while found and high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if kept(ranking[:middle]) else (middle, high)
+        high, _ = _shortest(min(len(ranking), 2 * most), lambda length: kept(ranking[:length]))
         names = list(ranking[:high])
         while len(names) > most:
             # Half of what is too much at once: as many steps as the excess has binary digits.
@@ -531,17 +525,26 @@ def choose_by_metric(
         return losses[length] <= budget
 
     with tqdm(desc='skip list by mAP', unit='evaluation', disable=not progress) as bar:
-        low, high, found = 0, 0, False
-        for length in doubling(min(len(ranking), most)):
-            low, high, found = high, length, kept(length)
-            if found:
-                break
-        while found and high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if kept(middle) else (middle, high)
+        high, found = _shortest(min(len(ranking), most), kept)
     lengths = sorted(losses)
     errors = [losses[n] for n in lengths]
     return SkipList(LOSS, list(ranking[:high]), lengths, errors, budget, found)
+
+
+def _shortest(most: int, kept: Callable[[int], bool]) -> Tuple[int, bool]:
+    """The least length that is ``kept``, and True; ``most`` and False where it is not.
+
+    Lengths double until one is kept, then bisection goes on between it and the one before.
+    """
+    low, high, found = 0, 0, False
+    for length in doubling(most):
+        low, high, found = high, length, kept(length)
+        if found:
+            break
+    while found and high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if kept(middle) else (middle, high)
+    return high, found
 
 
 def doubling(most: int) -> List[int]:

@@ -35,7 +35,7 @@ class QuantAdd(QuantUnit):
         quantizer = self.input_quantizer
         if self.before_relu and quantizer is not None and quantizer.observing:
             total = a + b
-            # Not of what is above 0: so NaN is kept, and found.
+            # All places that are not known to be at most 0, so that NaN is kept, and found.
             kept = (total <= 0).logical_not_().reshape(-1).nonzero().squeeze(1)
             for x in (a, b):
                 quantizer(x.expand_as(total).reshape(-1).index_select(0, kept))

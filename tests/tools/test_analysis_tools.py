@@ -87,6 +87,17 @@ def test_sensitivity_with_nan_in_one_layer_goes_on(run, tmp_path, checkpoint, ca
     assert json.loads((tmp_path / 'out' / 'skip.json').read_text())[0] == 'head.heat.2'
 
 
+def test_sensitivity_goes_on_where_every_output_is_nan(run, tmp_path, checkpoint, capsys):
+    bench = ToyBench(checkpoint=checkpoint)
+    bench.spoil = lambda model: model.stem[0].weight_quantizer._amax.fill_(float('nan'))
+    assert run('sensitivity', '--frames', 2, bench=bench) == 0
+    found = json.loads((tmp_path / 'out' / 'sensitivity.json').read_text())
+    assert found['rows'][0]['name'] == 'stem.0' and found['rows'][0]['nan'] > 0
+    assert found['skip']['names'][0] == 'stem.0' and found['skip']['errors'][0] is None
+    assert 'everything quantized: none, all NaN or Inf' in capsys.readouterr().out
+    assert (tmp_path / 'out' / 'skip.png').read_bytes().startswith(b'\x89PNG')
+
+
 def test_sensitivity_local_is_one_pass(run, tmp_path, checkpoint):
     bench, passes = ToyBench(checkpoint=checkpoint), []
     bench.model.register_forward_pre_hook(lambda *_: passes.append(1))

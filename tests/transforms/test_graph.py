@@ -346,7 +346,6 @@ def test_decoding_is_watched_until_every_layer_is_known(late):
         for i in range(3):
             model.second = not late or i > 0
             seen.clear()
-
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(graph_module, '_Watch', Counting)
                 with graph.watching() as watch:
