@@ -3,7 +3,7 @@
 :class:`Quantizer` is a ``TensorQuantizer``, so that tools which look for those (NVIDIA's export scripts, for
 example) find them, with four differences: its state is in buffers that every framework's loader copies,
 signedness can be decided by calibration, statistics go to a
-:class:`~q3d_plugin.calibration.observer.MagnitudeHistogram`, and the arithmetic is
+:class:`~q3d_plugin.observer.MagnitudeHistogram`, and the arithmetic is
 :func:`q3d_plugin.numerics.fake_quantize`.
 """
 
@@ -17,8 +17,8 @@ from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor
 
 from q3d_plugin import numerics
-from q3d_plugin.calibration.observer import MagnitudeHistogram
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.observer import MagnitudeHistogram
 from q3d_plugin.recipe import ActivationSpec, WeightSpec
 
 __all__ = ['Mode', 'Quantizer', 'largest_magnitude']

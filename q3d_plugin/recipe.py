@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 from q3d_plugin.errors import Q3DError, near_matches
+from q3d_plugin.files import plain
 
 __all__ = [
     'ActivationSpec',
@@ -398,14 +399,6 @@ class Recipe:
 
     def to_dict(self) -> Dict[str, Any]:
         """The recipe with every default written out, in types that a checkpoint and JSON can hold."""
-
-        def plain(value):
-            if isinstance(value, Mapping):
-                return {k: plain(v) for k, v in value.items()}
-            if isinstance(value, (list, tuple)):
-                return [plain(v) for v in value]
-            return value
-
         return plain(dataclasses.asdict(self))
 
     def plan(self, name: str) -> LayerPlan:

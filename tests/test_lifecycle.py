@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from q3d_plugin import lifecycle
+from q3d_plugin import checkpoints, lifecycle
+from q3d_plugin.coverage import coverage, coverage_table
 from q3d_plugin.cpu import enable_cpu_mode
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers import QuantAdd, QuantConcat
+from q3d_plugin.layers.model import quantizable_types
 from q3d_plugin.quantizer import Mode
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.transforms.insert import quantize_, share_input
@@ -242,16 +244,16 @@ def test_quantization_is_better_with_more_bits():
 def test_a_float_checkpoint_passes_and_is_not_changed():
     state = float_net().state_dict()
     before = {k: v.clone() for k, v in state.items()}
-    folded = lifecycle.check_state_dict(configured(), state)
+    folded = checkpoints.check_state_dict(configured(), state)
     assert list(state) == list(before) and all(torch.equal(state[k], v) for k, v in before.items())
     assert 'backbone.0.bias' in folded and not any(k.startswith('backbone.1.') for k in folded)
-    assert not lifecycle.is_quantized_checkpoint(state)
+    assert not checkpoints.is_quantized_checkpoint(state)
 
 
 def test_missing_keys_are_named_with_a_count_and_a_near_match():
     state = {k.replace('backbone', 'backbones'): v for k, v in float_net().state_dict().items()}
     with pytest.raises(Q3DError) as caught:
-        lifecycle.check_state_dict(configured(), state, "checkpoint 'a.pth'")
+        checkpoints.check_state_dict(configured(), state, "checkpoint 'a.pth'")
     message = str(caught.value)
     assert message.startswith("checkpoint 'a.pth': of another model: 'backbone.0.weight' is missing")
     assert 'and 3 more' in message and "did you mean 'backbones.0.weight'" in message
@@ -262,25 +264,25 @@ def test_each_missing_key_is_noticed(gone):
     state = float_net().state_dict()
     del state[gone]
     with pytest.raises(Q3DError, match='of another model'):
-        lifecycle.check_state_dict(configured(), state)
+        checkpoints.check_state_dict(configured(), state)
 
 
 def test_a_checkpoint_with_nothing_in_it_is_of_another_model():
     with pytest.raises(Q3DError, match='it has 0 entries, 0 of the'):
-        lifecycle.check_state_dict(configured(), {})
+        checkpoints.check_state_dict(configured(), {})
 
 
 def test_other_shapes_are_named_with_both():
     state = float_net().state_dict()
     state['head.weight'] = torch.zeros(2, 9)
     with pytest.raises(Q3DError, match=r"'head\.weight' has the shape \(2, 9\), the model needs \(2, 8\)"):
-        lifecycle.check_state_dict(configured(), state)
+        checkpoints.check_state_dict(configured(), state)
 
 
 @pytest.mark.parametrize('width', [4, 12])
 def test_a_model_of_another_width_is_of_another_model(width):
     with pytest.raises(Q3DError, match='of another model'):
-        lifecycle.check_state_dict(configured(), Net(quantized=False, width=width).state_dict())
+        checkpoints.check_state_dict(configured(), Net(quantized=False, width=width).state_dict())
 
 
 def test_a_sparse_model_with_other_input_channels_is_named_too():
@@ -294,19 +296,19 @@ def test_a_sparse_model_with_other_input_channels_is_named_too():
     for channels, size in ((5, 3), (4, 5), (5, 1)):
         model = quantize_(make(4, 1 if size == 1 else 3))
         with pytest.raises(Q3DError, match=r"of another model: '0\.weight' has the shape \(16,"):
-            lifecycle.check_state_dict(model, make(channels, size).state_dict())
+            checkpoints.check_state_dict(model, make(channels, size).state_dict())
     old = make(5, 3).state_dict()
     old['0.weight'] = old['0.weight'].permute(1, 2, 3, 4, 0)
     with pytest.raises(Q3DError, match=r"'0\.weight' has the shape \(3, 3, 3, 5, 16\)"):
-        lifecycle.check_state_dict(quantize_(make(4, 3)), old)
+        checkpoints.check_state_dict(quantize_(make(4, 3)), old)
 
 
 def test_a_quantized_checkpoint_passes_and_restores_the_model():
     source = calibrated()
     state = source.state_dict()
-    assert lifecycle.is_quantized_checkpoint(state)
+    assert checkpoints.is_quantized_checkpoint(state)
     target = configured()
-    lifecycle.check_state_dict(target, state)
+    checkpoints.check_state_dict(target, state)
     target.load_state_dict(state)
     assert lifecycle.is_calibrated(target)
     x = torch.randn(2, 3, 8, 8)
@@ -316,19 +318,19 @@ def test_a_quantized_checkpoint_passes_and_restores_the_model():
 def test_quantizers_that_lack_and_that_are_too_many_are_named():
     whole, less = calibrated(), calibrated(dict(skip=['left']))
     with pytest.raises(Q3DError, match=r"'left\.input_quantizer\._amax' and 3 more have no range in it"):
-        lifecycle.check_state_dict(configured(), less.state_dict())
+        checkpoints.check_state_dict(configured(), less.state_dict())
     with pytest.raises(Q3DError, match=r"'left\.input_quantizer\._amax' and 3 more are not in the recipe"):
-        lifecycle.check_state_dict(configured(dict(skip=['left'])), whole.state_dict())
+        checkpoints.check_state_dict(configured(dict(skip=['left'])), whole.state_dict())
 
 
 def meta_of(recipe):
-    return {lifecycle.META_KEY: lifecycle.stamp(Recipe.from_dict(recipe))}
+    return {checkpoints.META_KEY: checkpoints.stamp(Recipe.from_dict(recipe))}
 
 
 def test_another_recipe_is_refused_and_every_difference_listed():
     given = dict(weight=dict(bits=4), skip=['head'], activation=dict(calibrator='max'))
     with pytest.raises(Q3DError) as caught:
-        lifecycle.check_recipe_of(meta_of(given), Recipe(), "checkpoint 'q.pth'")
+        checkpoints.check_recipe_of(meta_of(given), Recipe(), "checkpoint 'q.pth'")
     message = str(caught.value)
     assert message.startswith("checkpoint 'q.pth': it was quantized with another recipe")
     for difference in (
@@ -342,22 +344,22 @@ def test_another_recipe_is_refused_and_every_difference_listed():
 
 def test_mode_and_calibration_may_differ():
     given = dict(mode='qat', calibration=dict(frames=7, seed=3, split='val'), weight=dict(bits=4))
-    lifecycle.check_recipe_of(meta_of(given), Recipe.from_dict(dict(weight=dict(bits=4))))
+    checkpoints.check_recipe_of(meta_of(given), Recipe.from_dict(dict(weight=dict(bits=4))))
     with pytest.raises(Q3DError, match='recipe.weight.bits: 4 and 8$|recipe.weight.bits: 4 and 8[.]'):
-        lifecycle.check_recipe_of(meta_of(given), Recipe())
+        checkpoints.check_recipe_of(meta_of(given), Recipe())
 
 
 def test_a_part_of_the_recipe_that_this_version_does_not_know_is_a_difference():
     meta = meta_of(None)
-    meta[lifecycle.META_KEY]['recipe']['smoothquant'] = {'alpha': 0.5}
+    meta[checkpoints.META_KEY]['recipe']['smoothquant'] = {'alpha': 0.5}
     with pytest.raises(Q3DError, match='recipe.smoothquant'):
-        lifecycle.check_recipe_of(meta, Recipe())
+        checkpoints.check_recipe_of(meta, Recipe())
 
 
-@pytest.mark.parametrize('meta', [None, {}, {'epoch': 3}, {lifecycle.META_KEY: {}}])
+@pytest.mark.parametrize('meta', [None, {}, {'epoch': 3}, {checkpoints.META_KEY: {}}])
 def test_ranges_without_a_recipe_are_refused(meta):
     with pytest.raises(Q3DError, match='it has ranges but no recipe'):
-        lifecycle.check_recipe_of(meta, Recipe())
+        checkpoints.check_recipe_of(meta, Recipe())
 
 
 # Checkpoint files.
@@ -375,7 +377,7 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize('name', ['zip.pth', 'old.pth'])
 def test_whole_files_pass(files, name):
-    lifecycle.check_checkpoint_file(str(files / name))
+    checkpoints.check_checkpoint_file(str(files / name))
 
 
 @pytest.mark.parametrize('name', ['zip.pth', 'old.pth'])
@@ -386,17 +388,17 @@ def test_a_file_that_was_cut_off_is_refused(files, tmp_path, name, keep):
     path = tmp_path / 'cut.pth'
     path.write_bytes(content[:length])
     with pytest.raises(Q3DError) as caught:
-        lifecycle.check_checkpoint_file(str(path))
+        checkpoints.check_checkpoint_file(str(path))
     assert str(caught.value).startswith(f'checkpoint {str(path)!r}') and 'copy it again' in str(caught.value)
 
 
 def test_a_missing_file_is_named_with_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Q3DError) as caught:
-        lifecycle.check_checkpoint_file('float.pth')
+        checkpoints.check_checkpoint_file('float.pth')
     assert "'float.pth' is not a file" in str(caught.value) and str(tmp_path) in str(caught.value)
     with pytest.raises(Q3DError, match='is not a file'):
-        lifecycle.check_checkpoint_file(str(tmp_path))
+        checkpoints.check_checkpoint_file(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -406,32 +408,32 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
     path = tmp_path / 'page.pth'
     path.write_bytes(content)
     with pytest.raises(Q3DError, match='is not a PyTorch checkpoint'):
-        lifecycle.check_checkpoint_file(str(path))
+        checkpoints.check_checkpoint_file(str(path))
 
 
 def test_urls_and_objects_of_a_framework_are_left_to_its_loader(tmp_path):
-    lifecycle.check_checkpoint_file('https://example.com/a.pth')
+    checkpoints.check_checkpoint_file('https://example.com/a.pth')
     path = tmp_path / 'objects.pth'
     torch.save(dict(meta=dict(where=Path('somewhere'), when=Recipe()), state_dict={}), path)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
-    lifecycle.check_checkpoint_file(str(path))
+    checkpoints.check_checkpoint_file(str(path))
 
 
 def test_a_saved_checkpoint_loads_safely_and_describes_itself(tmp_path):
     recipe = Recipe.from_dict(dict(weight=dict(bits=4), overrides=[dict(layers='left', weight=None)]))
     model = calibrated(recipe.to_dict())
     path = tmp_path / 'quantized.pth'
-    lifecycle.save_checkpoint(model, recipe, str(path), dict(dataset_meta=dict(classes=['car'])))
+    checkpoints.save_checkpoint(model, recipe, str(path), dict(dataset_meta=dict(classes=['car'])))
     assert os.listdir(tmp_path) == ['quantized.pth']
-    lifecycle.check_checkpoint_file(str(path))
+    checkpoints.check_checkpoint_file(str(path))
     loaded = torch.load(path, weights_only=True)
     assert loaded['meta']['dataset_meta'] == dict(classes=['car'])
-    lifecycle.check_recipe_of(loaded['meta'], recipe)
-    again = Recipe.from_dict(loaded['meta'][lifecycle.META_KEY]['recipe'])
+    checkpoints.check_recipe_of(loaded['meta'], recipe)
+    again = Recipe.from_dict(loaded['meta'][checkpoints.META_KEY]['recipe'])
     assert again == recipe
     target = configured(again.to_dict())
-    lifecycle.check_state_dict(target, loaded['state_dict'])
+    checkpoints.check_state_dict(target, loaded['state_dict'])
     target.load_state_dict(loaded['state_dict'])
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(target(x), model(x))
@@ -440,14 +442,14 @@ def test_a_saved_checkpoint_loads_safely_and_describes_itself(tmp_path):
 def test_saving_leaves_the_model_as_it_was(tmp_path):
     model = calibrated()
     parameters = dict(model.named_parameters())
-    lifecycle.save_checkpoint(model, Recipe(), str(tmp_path / 'a.pth'))
+    checkpoints.save_checkpoint(model, Recipe(), str(tmp_path / 'a.pth'))
     assert all(v is parameters[k] and v.requires_grad for k, v in model.named_parameters())
     assert getattr(torch.load(tmp_path / 'a.pth', weights_only=True)['state_dict'], '_metadata', None)
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     model, path = calibrated(), tmp_path / 'quantized.pth'
-    lifecycle.save_checkpoint(model, Recipe(), str(path))
+    checkpoints.save_checkpoint(model, Recipe(), str(path))
     before = path.read_bytes()
 
     def full_disk(content, target):
@@ -456,19 +458,19 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
 
     monkeypatch.setattr(torch, 'save', full_disk)
     with pytest.raises(OSError, match='No space'):
-        lifecycle.save_checkpoint(model, Recipe(), str(path))
+        checkpoints.save_checkpoint(model, Recipe(), str(path))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['quantized.pth']
 
 
 KILLED_WHILE_SAVING = """
 import io, sys, time, torch
-from q3d_plugin import lifecycle
+from q3d_plugin import checkpoints
 from q3d_plugin.recipe import Recipe
 
 model = torch.nn.Linear(300, 300)
 path, first = sys.argv[1:]
 if first == 'yes':
-    lifecycle.save_checkpoint(model, Recipe(), path)
+    checkpoints.save_checkpoint(model, Recipe(), path)
 
 def slow_save(content, target):
     whole = io.BytesIO()
@@ -480,7 +482,7 @@ def slow_save(content, target):
         time.sleep(600)
 
 save, torch.save = torch.save, slow_save
-lifecycle.save_checkpoint(model, Recipe(), path)
+checkpoints.save_checkpoint(model, Recipe(), path)
 """
 
 
@@ -499,7 +501,7 @@ def test_a_process_killed_in_the_middle_of_a_save_leaves_no_half_file(tmp_path, 
     assert [p.stat().st_size for p in tmp_path.glob('*.tmp')] == [200000]
     assert path.exists() == (first == 'yes')
     if first == 'yes':
-        lifecycle.check_checkpoint_file(str(path))
+        checkpoints.check_checkpoint_file(str(path))
         assert torch.load(path, weights_only=True)['state_dict']['weight'].shape == (300, 300)
 
 
@@ -527,11 +529,11 @@ def test_coverage_has_a_row_for_every_kind_of_layer():
         overrides=[dict(layers='*backbone.3', weight=None)],
     )
     lifecycle.configure(model, Recipe.from_dict(recipe))
-    before = lifecycle.coverage(model)
+    before = coverage(model)
     assert row_of(before, 'net.left').activation == '8 bits, no range yet'
     lifecycle.calibrate(model, [torch.linspace(-2, 2, 192).reshape(1, 3, 8, 8)], model.net)
 
-    rows = lifecycle.coverage(model)
+    rows = coverage(model)
     assert [r.name for r in rows] == [
         'net.backbone.0',
         'net.backbone.3',
@@ -564,7 +566,7 @@ def test_coverage_has_a_row_for_every_kind_of_layer():
     assert row_of(rows, 'part.3').note == 'no quantized version of this type'
     assert row_of(rows, 'part.4').note == "skipped by 'part.4'" and not row_of(rows, 'part.4').quantized
 
-    table = lifecycle.coverage_table(rows).splitlines()
+    table = coverage_table(rows).splitlines()
     assert len(table) == 2 + len(rows) + 1
     for line, row in zip(table[2:], rows):
         assert line.startswith(row.name) and row.kind in line and line.endswith(row.note)
@@ -573,14 +575,14 @@ def test_coverage_has_a_row_for_every_kind_of_layer():
 
 def test_coverage_says_when_quantizers_are_switched_off():
     model = configured(dict(mode='float'))
-    row = row_of(lifecycle.coverage(model), 'left')
+    row = row_of(coverage(model), 'left')
     assert not row.quantized and row.note == 'switched off'
 
 
 def test_coverage_of_a_loaded_checkpoint_is_that_of_the_calibrated_model():
     source, target = calibrated(), configured()
     target.load_state_dict(source.state_dict())
-    for mine, theirs in zip(lifecycle.coverage(target), lifecycle.coverage(source)):
+    for mine, theirs in zip(coverage(target), coverage(source)):
         assert mine[:5] == theirs[:5]
 
 
@@ -595,7 +597,7 @@ def test_a_copy_of_a_calibrated_model_is_independent_and_the_same():
 
 
 def test_quantizable_types_are_named():
-    names = lifecycle.quantizable_types()
+    names = quantizable_types()
     assert names == sorted(names) and {'Conv2d', 'Linear', 'ConvTranspose2d'} <= set(names)
 
 
@@ -609,7 +611,7 @@ def test_dynamic_ranges_follow_the_input_and_static_ones_do_not():
         with torch.no_grad():
             lifecycle.calibrate(model, [x], model)
             errors[kind] = float((model(20 * x) - source(20 * x)).norm() / source(20 * x).norm())
-        rows = lifecycle.coverage(model)
+        rows = coverage(model)
         assert [r.activation.endswith(' dynamic') for r in rows] == [kind == 'dynamic'] * 2
         # Behind the ReLU nothing was negative, whatever the range.
         assert rows[1].activation.startswith('uint8')

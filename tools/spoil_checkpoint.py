@@ -24,7 +24,7 @@ from typing import Dict, List, Tuple  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from q3d_plugin import lifecycle  # noqa: E402
+from q3d_plugin import checkpoints, lifecycle  # noqa: E402
 from q3d_plugin.analysis import command  # noqa: E402
 from q3d_plugin.analysis.command import open_bench  # noqa: E402
 from q3d_plugin.bench import Bench  # noqa: E402
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> str:
     bench = open_bench(args.config, args.checkpoint, command.options_of(args))
     content = torch.load(args.checkpoint, map_location='cpu', weights_only=True)
     key = 'state_dict' if 'state_dict' in content else 'model_state'
-    if lifecycle.is_quantized_checkpoint(content[key]):
+    if checkpoints.is_quantized_checkpoint(content[key]):
         raise Q3DError(f'checkpoint {args.checkpoint!r} is quantized: a float one would work')
     batch = next(iter(bench.frames('train', 1)))
     graph = watched_graph(bench, batch)

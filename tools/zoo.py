@@ -40,7 +40,8 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
 
-from q3d_plugin import lifecycle  # noqa: E402
+from q3d_plugin import checkpoints, lifecycle  # noqa: E402
+from q3d_plugin.coverage import coverage  # noqa: E402
 from q3d_plugin.errors import Q3DError  # noqa: E402
 from q3d_plugin.files import check_writable, write_text  # noqa: E402
 from q3d_plugin.layers import QuantUnit  # noqa: E402
@@ -187,7 +188,7 @@ class MMDet3D:
     def load(self, model: nn.Module, state: Mapping) -> None:
         from mmengine.runner.checkpoint import load_state_dict
 
-        lifecycle.check_state_dict(model, state)
+        checkpoints.check_state_dict(model, state)
         load_state_dict(model, state, strict=True)
 
     def frame(self, cfg, model: nn.Module) -> Any:
@@ -485,7 +486,7 @@ def own_weights(module: nn.Module) -> List[Tensor]:
 def share(model: nn.Module, row: Row) -> None:
     """Counts what is quantized, from the coverage table of ``model``."""
     left = collections.defaultdict(collections.Counter)
-    for line in lifecycle.coverage(model):
+    for line in coverage(model):
         module = model.get_submodule(line.name)
         weights = own_weights(module)
         if not weights or isinstance(module, nn.Embedding):

@@ -8,7 +8,7 @@ from typing import Dict, List, Optional
 
 import torch
 
-from q3d_plugin import lifecycle
+from q3d_plugin import checkpoints
 from q3d_plugin.bench import Bench
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import check_writable
@@ -138,7 +138,7 @@ def open_bench(
         )
     if not path.is_file():
         raise Q3DError(f'config {config!r} is not a file (looked in {Path.cwd()})')
-    lifecycle.check_checkpoint_file(checkpoint)
+    checkpoints.check_checkpoint_file(checkpoint)
     if path.suffix == '.py':
         try:
             from q3d_plugin.mmdet3d.bench import MMDet3DBench

@@ -3,13 +3,14 @@
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from q3d_plugin import numerics
 from q3d_plugin.calibration.run import from_all_ranks
+from q3d_plugin.layers import QuantWeightLayer
 
 __all__ = ['InputStatistics']
 
@@ -18,7 +19,7 @@ class InputStatistics:
     """Statistics of the inputs of layers, taken by hooks; of sparse layers those of active voxels.
 
     Args:
-        layers: Layers with a weight (``QuantWeightLayer``) by name.
+        layers: Layers with a weight by name.
         sampled: Names of those of which rows are kept.
         rows: How many rows are kept of each.
         seed: Chooses the rows.
@@ -33,7 +34,7 @@ class InputStatistics:
 
     def __init__(
         self,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, QuantWeightLayer],
         sampled: Iterable[str] = (),
         rows: int = 256,
         seed: int = 0,
@@ -82,7 +83,9 @@ class InputStatistics:
             self._last = weakref.ref(x), axis, numerics.channel_amax(x.detach(), axis).float()
         return self._last[2]
 
-    def _sample(self, name: str, layer: nn.Module, x, output, scale) -> None:
+    def _sample(
+        self, name: str, layer: QuantWeightLayer, x: Any, output: Any, scale: Optional[Tensor]
+    ) -> None:
         """Reservoir sampling: after n calls each row is of each call with probability 1/n."""
         if layer.features(output).numel() == 0:
             return
@@ -100,7 +103,7 @@ class InputStatistics:
             new = new.to(fresh.device)
             self.rows[name][new], self.weights[name][new] = fresh, weights
 
-    def _choose(self, layer: nn.Module, y: Tensor, count: int) -> Tuple[Tensor, Tensor]:
+    def _choose(self, layer: QuantWeightLayer, y: Tensor, count: int) -> Tuple[Tensor, Tensor]:
         """Importance sampling: half of the outputs by their energy, half evenly; and what each stands for.
 
         Most of a map is empty, and what a detector is for lies in few places.

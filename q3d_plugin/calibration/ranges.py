@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from q3d_plugin import numerics
+from q3d_plugin.quantizer import Quantizer
 
 __all__ = ['compute_ranges']
 
 
-def compute_ranges(quantizers: Iterable) -> List:
+def compute_ranges(quantizers: Iterable[Quantizer]) -> List[Quantizer]:
     """Sets the range of every activation quantizer that took statistics.
 
     Quantizers of one calibrator are searched together, as rows of one matrix.
 
     Args:
-        quantizers: Activation quantizers (:class:`q3d_plugin.quantizer.Quantizer`) that are observing.
+        quantizers: Activation quantizers that are observing.
 
     Returns:
         list: The quantizers that saw no data, or nothing but zeros; they are left float.
@@ -59,7 +60,7 @@ def compute_ranges(quantizers: Iterable) -> List:
     return empty
 
 
-def _better(quantizer, found: Tensor, amax: Tensor, unsigned: bool) -> Tensor:
+def _better(quantizer: Quantizer, found: Tensor, amax: Tensor, unsigned: bool) -> Tensor:
     """``found``, unless the largest magnitude has the lower squared error; where all values were kept.
 
     A histogram can mislead the search where there are few values, by more than the search gains.
@@ -75,7 +76,7 @@ def _better(quantizer, found: Tensor, amax: Tensor, unsigned: bool) -> Tensor:
     return found if errors[0] <= errors[1] else amax
 
 
-def _is_unsigned(quantizer) -> bool:
+def _is_unsigned(quantizer: Quantizer) -> bool:
     """What the recipe says, or what was seen: behind a ReLU no value of any frame is negative."""
     if quantizer.spec.unsigned == 'auto':
         return quantizer.observer.minimum >= 0

@@ -8,14 +8,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from q3d_plugin.calibration.observer import MagnitudeHistogram
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.observer import MagnitudeHistogram
+from q3d_plugin.quantizer import Quantizer
 
 __all__ = ['any_of_ranks', 'collect', 'evaluating', 'feed', 'from_all_ranks', 'merge_ranks']
 
 
 def collect(
-    model: nn.Module, batches: Iterable, forward: Callable, quantizers: List, names: Callable = None
+    model: nn.Module,
+    batches: Iterable,
+    forward: Callable,
+    quantizers: List[Quantizer],
+    names: Callable = None,
 ) -> int:
     """Runs ``forward`` over ``batches`` in eval mode without gradients while ``quantizers`` take statistics.
 
@@ -110,7 +115,7 @@ def any_of_ranks(flags: List[bool]) -> List[bool]:
     return [any(column) for column in zip(*from_all_ranks(flags))]
 
 
-def merge_ranks(quantizers: List) -> None:
+def merge_ranks(quantizers: List[Quantizer]) -> None:
     """Gives every rank the statistics of all ranks, so that all of them compute the same ranges."""
     everyone = from_all_ranks([q.observer.state() for q in quantizers])
     if len(everyone) == 1:

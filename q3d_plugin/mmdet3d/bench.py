@@ -18,9 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import q3d_plugin.mmdet3d  # noqa: F401  (registers the Quant types)
-from q3d_plugin import lifecycle
+from q3d_plugin import checkpoints, lifecycle
 from q3d_plugin.bench import Bench, Frames, quiet, raw_outputs
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.files import plain
+from q3d_plugin.metrics import summarize
 from q3d_plugin.mmdet3d.checkpoints import check_checkpoint
 from q3d_plugin.mmdet3d.data import calibration_loader
 from q3d_plugin.recipe import CalibrationSpec, Recipe
@@ -95,7 +97,7 @@ class MMDet3DBench(Bench):
         source = f'checkpoint {str(checkpoint)!r}'
         content = _load_checkpoint(str(checkpoint), map_location='cpu')
         state = check_checkpoint(content, self.model, self.recipe, source)
-        self.quantized = lifecycle.is_quantized_checkpoint(state)
+        self.quantized = checkpoints.is_quantized_checkpoint(state)
         with quiet():
             _load_checkpoint_to_model(self.model, content, strict=False, revise_keys=[(r'^module\.', '')])
         self.keep_float_state()
@@ -150,32 +152,4 @@ class MMDet3DBench(Bench):
 
     def settings(self) -> Dict[str, Any]:
         names = ('model', 'test_dataloader', 'test_evaluator', 'train_dataloader', 'test_cfg')
-        return {name: _plain(self.cfg.get(name)) for name in names}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def summarize(found: Mapping[str, float]) -> Dict[str, Any]:
-    """MMDetection3D's metrics in the form of :meth:`q3d_plugin.bench.Bench.evaluate`.
-
-    Examples:
-        >>> summarize({'a/mAP': 0.5, 'a/car_AP_dist_0.5': 0.2, 'a/car_AP_dist_1.0': 0.4})['AP']
-        {'car': 0.30000000000000004}
-    """
-    short = {k.rsplit('/', 1)[-1]: v for k, v in found.items()}
-    groups: Dict[str, list] = {}
-    for key, value in short.items():
-        if '_AP_dist_' in key:
-            groups.setdefault(key.split('_AP_dist_')[0], []).append(float(value))
-    return {
-        'mAP': short.get('mAP'),
-        'NDS': short.get('NDS'),
-        'AP': {c: sum(v) / len(v) for c, v in groups.items()},
-        'all': {k: float(v) for k, v in found.items() if isinstance(v, (int, float))},
-    }
+        return {name: plain(self.cfg.get(name)) for name in names}

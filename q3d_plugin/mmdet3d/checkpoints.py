@@ -10,7 +10,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler import param_scheduler
 from torch import nn
 
-from q3d_plugin import lifecycle
+from q3d_plugin import checkpoints
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 
@@ -76,7 +76,7 @@ def check_checkpoint(
         )
     state = checkpoint.get('state_dict', checkpoint)
     state = {k[7:] if k.startswith('module.') else k: v for k, v in state.items()}
-    if lifecycle.is_quantized_checkpoint(state):
-        lifecycle.check_recipe_of(checkpoint.get('meta'), recipe, source)
-    lifecycle.check_state_dict(model, state, source)
+    if checkpoints.is_quantized_checkpoint(state):
+        checkpoints.check_recipe_of(checkpoint.get('meta'), recipe, source)
+    checkpoints.check_state_dict(model, state, source)
     return state

@@ -10,12 +10,15 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from q3d_plugin import lifecycle
+from q3d_plugin import checkpoints, lifecycle
+from q3d_plugin.coverage import coverage, coverage_table
 from q3d_plugin.errors import Q3DError
-from q3d_plugin.files import check_writable, write_text
+from q3d_plugin.files import check_writable, plain, write_text
 from q3d_plugin.mmdet3d.checkpoints import check_checkpoint
 from q3d_plugin.mmdet3d.data import calibration_loader, frame_name
+from q3d_plugin.progress import with_progress
 from q3d_plugin.recipe import Recipe
+from q3d_plugin.run_record import write_run
 
 __all__ = ['QuantHook']
 
@@ -59,7 +62,7 @@ class QuantHook(Hook):
         check_writable(Path(runner.work_dir))
         if runner._load_from is not None:
             self._source = f'checkpoint {str(runner._load_from)!r}'
-            lifecycle.check_checkpoint_file(runner._load_from)
+            checkpoints.check_checkpoint_file(runner._load_from)
         lifecycle.configure(self._model(runner), self.recipe)
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
@@ -113,7 +116,7 @@ class QuantHook(Hook):
             runner (Runner): The runner of the training process.
             checkpoint (dict): What will be saved.
         """
-        checkpoint.setdefault('meta', {})[lifecycle.META_KEY] = lifecycle.stamp(self.recipe)
+        checkpoint.setdefault('meta', {})[checkpoints.META_KEY] = checkpoints.stamp(self.recipe)
 
     def _ensure_calibrated(self, runner) -> None:
         model = self._model(runner)
@@ -137,7 +140,7 @@ class QuantHook(Hook):
         start = time.time()
         seen = lifecycle.calibrate(
             model,
-            lifecycle.with_progress(loader, logger, 'QuantHook'),
+            with_progress(loader, logger, 'QuantHook'),
             runner.model.test_step,
             names=frame_name,
             logger=logger,
@@ -145,17 +148,17 @@ class QuantHook(Hook):
         logger.info(f'QuantHook: calibrated on {seen} batches in {time.time() - start:.1f} s')
         if self.save and is_main_process():
             path = os.path.join(runner.log_dir, 'quantized.pth')
-            meta = {'dataset_meta': _plain(getattr(loader.dataset, 'metainfo', {}))}
-            lifecycle.save_checkpoint(model, self.recipe, path, meta)
+            meta = {'dataset_meta': plain(getattr(loader.dataset, 'metainfo', {}))}
+            checkpoints.save_checkpoint(model, self.recipe, path, meta)
             write_text(os.path.join(runner.work_dir, 'last_quantized'), path)
             logger.info(f'QuantHook: quantized checkpoint saved as {path}')
         barrier()
 
     def _report(self, runner, model) -> None:
-        rows = lifecycle.coverage(model)
-        runner.logger.info('QuantHook: coverage\n' + lifecycle.coverage_table(rows))
+        rows = coverage(model)
+        runner.logger.info('QuantHook: coverage\n' + coverage_table(rows))
         if is_main_process():
-            lifecycle.write_run(runner.log_dir, model, self.recipe, _facts(runner))
+            write_run(runner.log_dir, model, self.recipe, _facts(runner))
 
 
 def _facts(runner) -> Dict:
@@ -169,12 +172,3 @@ def _facts(runner) -> Dict:
         'data_root': root and os.path.abspath(root),
         'dataset_version': (dataset.get('metainfo') or {}).get('version', 'v1.0-trainval'),
     }
-
-
-def _plain(value):
-    """``value`` in types that a ``weights_only`` load accepts."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

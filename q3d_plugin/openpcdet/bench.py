@@ -25,11 +25,13 @@ from tqdm import tqdm
 from q3d_plugin import lifecycle
 from q3d_plugin.bench import Bench, Frames, quiet, raw_outputs
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.files import plain
+from q3d_plugin.metrics import summarize
 from q3d_plugin.openpcdet.data import calibration_loader
 from q3d_plugin.openpcdet.recipe import PATH, check_config_file, check_model_cfg
 from q3d_plugin.recipe import CalibrationSpec, Recipe
 
-__all__ = ['OpenPCDetBench', 'summarize', 'tools_folder']
+__all__ = ['OpenPCDetBench', 'tools_folder']
 
 _DECODING = ('generate_predicted_boxes', 'get_bboxes')
 
@@ -179,27 +181,4 @@ class OpenPCDetBench(Bench):
 
     def settings(self) -> Dict[str, Any]:
         model = {k: v for k, v in self.cfg.MODEL.items() if k != 'QUANT'}
-        return {'MODEL': _plain(model), 'DATA_CONFIG': _plain(self.cfg.DATA_CONFIG)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def summarize(found: Mapping[str, float], per_class: Mapping[str, float]) -> Dict[str, Any]:
-    """OpenPCDet's results in the form of :meth:`q3d_plugin.bench.Bench.evaluate`.
-
-    Args:
-        found: What the data set's evaluation returned.
-        per_class: AP by class, where the evaluation wrote one.
-    """
-    return {
-        'mAP': found.get('mAP'),
-        'NDS': found.get('NDS'),
-        'AP': {k: float(v) for k, v in per_class.items()},
-        'all': {k: float(v) for k, v in found.items() if isinstance(v, (int, float, np.number))},
-    }
+        return {'MODEL': plain(model), 'DATA_CONFIG': plain(self.cfg.DATA_CONFIG)}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from q3d_plugin import lifecycle
+from q3d_plugin import checkpoints
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 
@@ -42,7 +42,7 @@ def read_checkpoint(filename: str, source: str) -> Dict[str, Any]:
     Raises:
         Q3DError: The file is missing, cut off, holds objects that are no plain data, or is of MMDetection3D.
     """
-    lifecycle.check_checkpoint_file(filename)
+    checkpoints.check_checkpoint_file(filename)
     trust_openpcdet_checkpoints()
     try:
         checkpoint = torch.load(filename, map_location='cpu', weights_only=True)
@@ -74,7 +74,7 @@ def pack_recipe(recipe: Recipe) -> Tensor:
     Returns:
         Tensor: (N,) uint8, the JSON text.
     """
-    text = json.dumps(lifecycle.stamp(recipe), sort_keys=True)
+    text = json.dumps(checkpoints.stamp(recipe), sort_keys=True)
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
@@ -83,6 +83,6 @@ def unpack_recipe(packed: Optional[Tensor]) -> Optional[Dict[str, Any]]:
     if packed is None:
         return None
     try:
-        return {lifecycle.META_KEY: json.loads(bytes(packed.cpu().to(torch.uint8).tolist()).decode())}
+        return {checkpoints.META_KEY: json.loads(bytes(packed.cpu().to(torch.uint8).tolist()).decode())}
     except ValueError:
         return None

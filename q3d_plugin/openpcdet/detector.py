@@ -18,11 +18,14 @@ import torch.distributed as dist
 from pcdet.models import load_data_to_gpu
 from pcdet.utils.spconv_utils import find_all_spconv_keys
 
-from q3d_plugin import lifecycle
+from q3d_plugin import checkpoints, lifecycle
+from q3d_plugin.coverage import coverage, coverage_table
 from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.openpcdet.checkpoints import pack_recipe, read_checkpoint, unpack_recipe
 from q3d_plugin.openpcdet.data import calibration_loader, frame_name, rank_and_world
 from q3d_plugin.openpcdet.recipe import PATH, check_model_cfg, upper_case_paths
+from q3d_plugin.progress import with_progress
+from q3d_plugin.run_record import write_run
 
 __all__ = ['QuantDetectorMixin']
 
@@ -81,7 +84,7 @@ class QuantDetectorMixin:
                 more = read_checkpoint(pre_trained_path, f'checkpoint {str(pre_trained_path)!r}')[
                     'model_state'
                 ]
-                if lifecycle.is_quantized_checkpoint(more) != lifecycle.is_quantized_checkpoint(state):
+                if checkpoints.is_quantized_checkpoint(more) != checkpoints.is_quantized_checkpoint(state):
                     raise Q3DError(
                         f'{source} and {str(pre_trained_path)!r}: one is quantized and the other float, so '
                         'the ranges of one would go with weights of the other'
@@ -112,7 +115,7 @@ class QuantDetectorMixin:
         self._q3d_logger = logger or self._q3d_logger
         with self._q3d_loading(filename) as source:
             checkpoint = read_checkpoint(filename, source)
-            if not lifecycle.is_quantized_checkpoint(checkpoint['model_state']):
+            if not checkpoints.is_quantized_checkpoint(checkpoint['model_state']):
                 raise Q3DError(
                     f'{source}: a quantized training cannot resume from a float checkpoint, whose optimizer '
                     'had other parameters; start from it with --pretrained_model'
@@ -123,7 +126,7 @@ class QuantDetectorMixin:
                 state = checkpoint.get('optimizer_state')
                 beside = Path(filename).with_name(f'{Path(filename).stem}_optim{Path(filename).suffix}')
                 if state is None and beside.is_file():
-                    lifecycle.check_checkpoint_file(str(beside))
+                    checkpoints.check_checkpoint_file(str(beside))
                     state = torch.load(beside, map_location='cpu', weights_only=True)['optimizer_state']
                 if state is not None:
                     optimizer.load_state_dict(state)
@@ -146,7 +149,7 @@ class QuantDetectorMixin:
         """OpenPCDet's own way of loading, given a state that fits: it drops what has no place, silently."""
         source = f'checkpoint {self._q3d_source!r}' if self._q3d_source else 'checkpoint'
         state = self._q3d_fitted(model_state_disk, source)
-        if not lifecycle.is_quantized_checkpoint(model_state_disk):
+        if not checkpoints.is_quantized_checkpoint(model_state_disk):
             lifecycle.configure(self, self.quant_recipe)
         self._q3d_ready = False
         return super()._load_state_dict(state, strict=strict)
@@ -155,16 +158,16 @@ class QuantDetectorMixin:
         """The state of a checkpoint as it goes into this model; everything of it has its place there."""
         state = dict(given)
         recipe = unpack_recipe(state.pop(RECIPE_KEY, None))
-        if lifecycle.is_quantized_checkpoint(state):
+        if checkpoints.is_quantized_checkpoint(state):
             with upper_case_paths():
-                lifecycle.check_recipe_of(recipe, self.quant_recipe, source, PATH)
+                checkpoints.check_recipe_of(recipe, self.quant_recipe, source, PATH)
         mine = self.state_dict()
         self._q3d_permute(state, mine)
         # The recipe of this run is the one that goes on; and early checkpoints do not count steps.
         state[RECIPE_KEY] = mine[RECIPE_KEY]
         if 'global_step' in mine:
             state.setdefault('global_step', mine['global_step'])
-        folded = lifecycle.check_state_dict(self, state, source)
+        folded = checkpoints.check_state_dict(self, state, source)
         over = [k for k in folded if k not in mine]
         if over:
             near = near_matches(over[0], [k for k in mine if k not in state], 1)
@@ -230,7 +233,7 @@ class QuantDetectorMixin:
             logger.info(
                 f'QuantDetector: calibrating on {frames} frames of the {spec.split} split, seed {spec.seed}'
             )
-            batches = lifecycle.with_progress(loader, logger, 'QuantDetector')
+            batches = with_progress(loader, logger, 'QuantDetector')
             seen = lifecycle.calibrate(self, batches, forward, names=frame_name, logger=logger)
         logger.info(f'QuantDetector: calibrated on {seen} frames in {time.time() - start:.1f} s')
         folder = _folder_of(logger)
@@ -241,7 +244,7 @@ class QuantDetectorMixin:
                 name = f'quantized_{Path(self._q3d_source).stem}.pth'
             path = os.path.join(folder, name)
             self._q3d_saved.add(path)
-            lifecycle.save_checkpoint(self, self.quant_recipe, path, state_key='model_state')
+            checkpoints.save_checkpoint(self, self.quant_recipe, path, state_key='model_state')
             logger.info(f'QuantDetector: quantized checkpoint saved as {path}')
         elif folder is None:
             logger.warning('QuantDetector: the log goes to no file, so no folder for quantized.pth is known')
@@ -249,8 +252,8 @@ class QuantDetectorMixin:
             dist.barrier()
 
     def _q3d_report(self) -> None:
-        rows = lifecycle.coverage(self)
-        self._q3d_logger.info('QuantDetector: coverage\n' + lifecycle.coverage_table(rows))
+        rows = coverage(self)
+        self._q3d_logger.info('QuantDetector: coverage\n' + coverage_table(rows))
         folder = _folder_of(self._q3d_logger)
         if folder is not None and rank_and_world()[0] == 0:
             dataset = self.dataset
@@ -260,7 +263,7 @@ class QuantDetectorMixin:
                 'data_root': str(Path(getattr(dataset, 'root_path', '.')).absolute()),
                 'dataset_version': dataset.dataset_cfg.get('VERSION'),
             }
-            lifecycle.write_run(folder, self, self.quant_recipe, facts)
+            write_run(folder, self, self.quant_recipe, facts)
 
 
 def _folder_of(logger: logging.Logger) -> Optional[str]:

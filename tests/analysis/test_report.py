@@ -12,6 +12,7 @@ from analysis_toys import ToyBench
 from q3d_plugin import lifecycle
 from q3d_plugin.analysis import report
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.run_record import write_run
 
 SUMMARY = {'mean_ap': 0.5, 'nd_score': 0.6, 'mean_dist_aps': {'car': 0.7, 'bus': 0.3}}
 
@@ -46,7 +47,7 @@ def run_dir(tmp_path):
     bench.prepare(bench.recipe)
     folder = tmp_path / 'run' / '20260101_000000'
     folder.mkdir(parents=True)
-    lifecycle.write_run(str(folder), bench.model, bench.recipe, {'framework': 'toy', 'config': '<a&b>.py'})
+    write_run(str(folder), bench.model, bench.recipe, {'framework': 'toy', 'config': '<a&b>.py'})
     return tmp_path / 'run'
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from q3d_plugin import lifecycle
+from q3d_plugin import checkpoints, lifecycle
+from q3d_plugin.coverage import coverage
 from q3d_plugin.layers import QuantWeightLayer, converted, is_converted
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.transforms.insert import quantize_
@@ -108,7 +109,7 @@ def test_self_attention_does_not_take_the_fused_kernel():
         lifecycle.set_enabled(holder, True)
         lifecycle.calibrate(holder, [x], lambda x: holder[0](x, x, x))
         assert not torch.equal(holder[0](x, x, x)[0], module(x, x, x)[0])
-    assert all(row.quantized for row in lifecycle.coverage(holder))
+    assert all(row.quantized for row in coverage(holder))
 
 
 def test_dropout_and_gradients_are_those_of_the_float_module():
@@ -181,15 +182,15 @@ def test_life_of_the_projections(tmp_path):
     lifecycle.configure(holder, recipe)
     batch = inputs(module)
     lifecycle.calibrate(holder, [batch], lambda b: holder[0](*b))
-    rows = {r.name: r for r in lifecycle.coverage(holder)}
+    rows = {r.name: r for r in coverage(holder)}
     assert list(rows) == ['0.out_proj', '0.q_proj', '0.k_proj', '0.v_proj']
     assert rows['0.k_proj'].note == "skipped by '*.k_proj'" and not rows['0.k_proj'].quantized
     assert rows['0.v_proj'].weight == 'int4 per channel' and rows['0.out_proj'].quantized
-    lifecycle.save_checkpoint(holder, recipe, tmp_path / 'q.pth')
+    checkpoints.save_checkpoint(holder, recipe, tmp_path / 'q.pth')
     state = torch.load(tmp_path / 'q.pth', weights_only=True)['state_dict']
     other = quantized(attention(), enabled=True)
     lifecycle.configure(other, recipe)
-    lifecycle.check_state_dict(other, state)
+    checkpoints.check_state_dict(other, state)
     other.load_state_dict(state)
     assert torch.equal(other[0](*batch)[0], holder[0](*batch)[0])
     # Copies, as EMA makes them, read their own weights.
@@ -200,7 +201,7 @@ def test_life_of_the_projections(tmp_path):
 
 
 def test_coverage_of_a_float_attention_names_its_projections():
-    rows = lifecycle.coverage(nn.Sequential(attention()))
+    rows = coverage(nn.Sequential(attention()))
     assert [(r.name, r.kind, r.quantized) for r in rows] == [
         ('0', 'MultiheadAttention', False),
         ('0.out_proj', 'NonDynamicallyQuantizableLinear', False),
@@ -227,7 +228,7 @@ def test_a_layer_whose_forward_is_passed_by_is_not_called_quantized():
         model = quantize_(Bypass())
         lifecycle.configure(model, Recipe.from_dict(recipe))
         lifecycle.calibrate(model, [torch.randn(3, 4)], model)
-        rows = {r.name: r for r in lifecycle.coverage(model)}
+        rows = {r.name: r for r in coverage(model)}
         assert rows['used'].quantized and not rows['passed'].quantized
         assert rows['passed'].note == 'saw no data during calibration'
 
@@ -256,7 +257,7 @@ def test_projections_are_smoothed_without_changing_the_attention(mode):
         lifecycle.calibrate(model, [x], model)
         lifecycle.set_enabled(model, False)
         assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
-    rows = {r.name: r for r in lifecycle.coverage(model)}
+    rows = {r.name: r for r in coverage(model)}
     assert rows['attention.q_proj'].smoothquant['alpha'] == 0.5
     if mode == 'static':
         # All three read what the first layer writes, which takes their scale.

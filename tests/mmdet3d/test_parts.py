@@ -16,7 +16,8 @@ from mmdet3d.registry import MODELS
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
-from q3d_plugin import lifecycle
+from q3d_plugin import checkpoints, lifecycle
+from q3d_plugin.coverage import coverage
 from q3d_plugin.layers import QuantAdd
 from q3d_plugin.mmdet3d import parts
 from q3d_plugin.mmdet3d.parts import BLOCKS, PARTS, quant_name
@@ -40,7 +41,7 @@ def relative_error(a, b):
 
 
 def load(model, reference):
-    lifecycle.check_state_dict(model, reference.state_dict())
+    checkpoints.check_state_dict(model, reference.state_dict())
     load_state_dict(model, reference.state_dict(), strict=True)
 
 
@@ -178,7 +179,7 @@ def test_toy_off_is_float_after_smoothing(build_model, points, raw_outputs, mode
     reference, model = (build_model(c) for c in TOY)
     for alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
         assert smoothed(raw_outputs, reference, model, points, alpha, mode) < 1e-4
-        rows = [r for r in lifecycle.coverage(model) if r.smoothquant]
+        rows = [r for r in coverage(model) if r.smoothquant]
         assert len(rows) == 108
         if mode == 'static':
             # All but the first layer, which reads the points, have their scales in the layers before them:
@@ -209,7 +210,7 @@ def test_every_convolution_of_the_toy_is_quantized(build_model, points, raw_outp
     model = build_model(TOY[1])
     lifecycle.configure(model, Recipe.from_dict({}))
     lifecycle.calibrate(model, [points], lambda frame: raw_outputs(model, frame))
-    rows = lifecycle.coverage(model)
+    rows = coverage(model)
     assert [r.name for r in rows if not r.quantized] == []
     kinds = {kind: sum(r.kind == kind for r in rows) for kind in {r.kind for r in rows}}
     # 8 residual blocks of two, conv_input; 12 + 1 + 1 + 72 dense ones; three strided ones and conv_out.
@@ -262,7 +263,7 @@ def test_a_quantized_checkpoint_needs_no_hook(build_model, points, raw_outputs, 
     model = build_model(TOY[1])
     lifecycle.configure(model, recipe)
     lifecycle.calibrate(model, [points], lambda frame: raw_outputs(model, frame))
-    lifecycle.save_checkpoint(model, recipe, tmp_path / 'q.pth')
+    checkpoints.save_checkpoint(model, recipe, tmp_path / 'q.pth')
     other = build_model(TOY[1])
     load_state_dict(other, torch.load(tmp_path / 'q.pth', weights_only=True)['state_dict'], strict=True)
     for (name, a), b in zip(raw_outputs(model, points).items(), raw_outputs(other, points).values()):
@@ -295,7 +296,7 @@ def test_other_detectors_off_is_float(config, parts, randomized, wheel_config, p
     model = MODELS.build(cfg)
     lifecycle.configure(model, Recipe.from_dict({'mode': 'float'}))
     load(model, reference)
-    assert all(r.quantized or r.note == 'switched off' for r in lifecycle.coverage(model))
+    assert all(r.quantized or r.note == 'switched off' for r in coverage(model))
     # KITTI looks ahead only, and has no time channel.
     points = points.clone()
     points[:, 0].abs_()

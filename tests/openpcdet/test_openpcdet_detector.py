@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from q3d_plugin import lifecycle
+from q3d_plugin.coverage import coverage
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.quantizer import Mode
 
@@ -78,7 +79,7 @@ def test_a_smoothed_detector_is_float_when_it_is_off_and_the_same_when_loaded(
     expected = outputs(reference)
     for name, value in outputs(model).items():
         assert (value - expected[name]).abs().max() < 1e-4 * expected[name].abs().max(), name
-    rows = [r for r in lifecycle.coverage(model) if r.kind not in ('Add', 'Concat')]
+    rows = [r for r in coverage(model) if r.kind not in ('Add', 'Concat')]
     assert all('SmoothQuant' in r.note for r in rows)
     if mode == 'static':
         assert sum(r.smoothquant['explicit'] for r in rows) <= 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from q3d_plugin import lifecycle
+from q3d_plugin.coverage import coverage
 
 OFF = {'MODE': 'float'}
 
@@ -50,7 +51,7 @@ def test_every_layer_is_quantized_and_what_reads_the_same_shares(make, outputs, 
     model = make({})
     model.load_params_from_file(str(float_file), run_logger)
     outputs(model)
-    rows = {r.name: r for r in lifecycle.coverage(model)}
+    rows = {r.name: r for r in coverage(model)}
     assert [r.name for r in rows.values() if not r.quantized] == []
     kinds = [r.kind for r in rows.values()]
     assert kinds.count('Add') == 8 and kinds.count('Concat') == 1

@@ -19,6 +19,7 @@ from analysis_toys import ToyBench  # noqa: E402
 from q3d_plugin import lifecycle  # noqa: E402
 from q3d_plugin.analysis.measures import OutputError  # noqa: E402
 from q3d_plugin.recipe import Recipe  # noqa: E402
+from q3d_plugin.run_record import write_run  # noqa: E402
 
 
 def tool(name):
@@ -267,7 +268,7 @@ def test_sweep_refuses_another_model_another_recipe_and_unknown_keys(run, tmp_pa
 def test_report_of_an_unfinished_run(tmp_path, capsys):
     bench = ToyBench()
     bench.prepare(bench.recipe)
-    lifecycle.write_run(str(tmp_path), bench.model, bench.recipe, {'framework': 'toy'})
+    write_run(str(tmp_path), bench.model, bench.recipe, {'framework': 'toy'})
     assert tool('report').main([str(tmp_path)]) == 0
     assert 'Not evaluated yet' in (tmp_path / 'report.html').read_text()
     assert tool('report').main([str(tmp_path / 'nowhere')]) == 2

@@ -15,7 +15,7 @@ from torch import nn
 
 pytest.importorskip('mmdet3d')
 
-from q3d_plugin import lifecycle
+from q3d_plugin import checkpoints, lifecycle
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.transforms.insert import quantize_
@@ -145,7 +145,7 @@ class Framework:
         return self.quantize(self.net()) if quantized else self.net()
 
     def load(self, model, state):
-        lifecycle.check_state_dict(model, state)
+        checkpoints.check_state_dict(model, state)
         model.load_state_dict(state)
 
     def frame(self, cfg, model):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from q3d_plugin.checkpoints import check_state_dict
 from q3d_plugin.cpu import enable_cpu_mode
-from q3d_plugin.lifecycle import check_state_dict, set_enabled
+from q3d_plugin.lifecycle import set_enabled
 from q3d_plugin.transforms.fold import Fold, find_pairs, fold_state_dict, norm_keys
 from q3d_plugin.transforms.insert import quantize_
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from q3d_plugin import lifecycle, numerics
+from q3d_plugin import checkpoints, lifecycle, numerics
 from q3d_plugin.calibration import InputStatistics
+from q3d_plugin.coverage import coverage
 from q3d_plugin.cpu import enable_cpu_mode
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers import QuantAdd, QuantConcat, converted
@@ -189,7 +190,7 @@ def test_only_the_first_layer_has_no_producer(name):
     lifecycle.calibrate(model, batches, model)
     first = next(n for n, _ in lifecycle.units(model))
     assert explicit(model) == [first]
-    rows = {r.name: r for r in lifecycle.coverage(model)}
+    rows = {r.name: r for r in coverage(model)}
     assert rows[first].note == ('SmoothQuant 0.5, explicit multiplication: no producer (input of the model)')
     assert rows[first].smoothquant == dict(alpha=0.5, mode='static', producers=[], explicit=True)
     for row in rows.values():
@@ -205,7 +206,7 @@ def test_projections_of_one_tensor_take_one_scale_from_the_layer_before():
     lifecycle.calibrate(model, batches, model)
     # What attention computes from values is no product with one layer's weight.
     assert explicit(model) == ['first', 'attention.out_proj']
-    makers = {r.name: r.smoothquant['producers'] for r in lifecycle.coverage(model) if r.smoothquant}
+    makers = {r.name: r.smoothquant['producers'] for r in coverage(model) if r.smoothquant}
     for part in 'qkv':
         assert makers[f'attention.{part}_proj'] == ['first']
     assert makers['last'] == ['attention.out_proj']
@@ -214,7 +215,7 @@ def test_projections_of_one_tensor_take_one_scale_from_the_layer_before():
 def test_the_table_names_the_layers_that_have_the_scale():
     _, model, batches = made('blocks', dict(alpha=0.5))
     lifecycle.calibrate(model, batches, model)
-    makers = {r.name: r.smoothquant['producers'] for r in lifecycle.coverage(model) if r.smoothquant}
+    makers = {r.name: r.smoothquant['producers'] for r in coverage(model) if r.smoothquant}
     assert makers['conv2'] == ['conv1']
     assert sorted(makers['conv1']) == sorted(makers['lateral']) == ['conv2', 'stem']
     assert sorted(makers['branches.1']) == ['lateral', 'up']
@@ -376,7 +377,7 @@ def test_a_reader_that_is_not_smoothed_makes_the_multiplication_explicit():
     source, model, batches = made('blocks', dict(alpha=0.5, overrides=[dict(layers='lateral', alpha=None)]))
     lifecycle.calibrate(model, batches, model)
     assert explicit(model) == ['stem', 'conv1', 'down']
-    notes = {r.name: r.note for r in lifecycle.coverage(model)}
+    notes = {r.name: r.note for r in coverage(model)}
     assert notes['down'] == (
         'SmoothQuant 0.5, explicit multiplication: it is also read by lateral, which is not smoothed'
     )
@@ -388,7 +389,7 @@ def test_readers_with_another_alpha_do_not_agree():
     source, model, batches = made('blocks', dict(alpha=0.5, overrides=[dict(layers='down', alpha=0.9)]))
     lifecycle.calibrate(model, batches, model)
     assert explicit(model) == ['stem', 'conv1', 'down', 'lateral']
-    notes = {r.name: r.note for r in lifecycle.coverage(model)}
+    notes = {r.name: r.note for r in coverage(model)}
     assert notes['down'].startswith('SmoothQuant 0.9, explicit') and 'have another alpha' in notes['down']
     assert relative(off(model, batches[0]), outputs(source, batches[0])) < 1e-4
 
@@ -608,7 +609,7 @@ def test_the_search_may_find_that_smoothing_does_not_help():
     recipe = dict(smoothquant=dict(alpha='search'), activation=dict(calibrator='max'))
     lifecycle.configure(model, Recipe.from_dict(recipe))
     lifecycle.calibrate(model, [x], model)
-    row = lifecycle.coverage(model)[0]
+    row = coverage(model)[0]
     assert row.note == 'SmoothQuant off: no alpha lowers the error'
     assert row.smoothquant == dict(alpha=None, mode='static', producers=[], explicit=False)
     assert math.isnan(layer.smooth_alpha) and (layer.smooth_scale == 1).all()
@@ -680,7 +681,7 @@ def test_layers_without_data_are_left_alone():
     before = model.idle.weight.clone()
     lifecycle.calibrate(model, batches, model)
     assert torch.equal(model.idle.weight, before) and not model.idle.smoothing
-    assert lifecycle.coverage(model)[-1].note == 'saw no data during calibration'
+    assert coverage(model)[-1].note == 'saw no data during calibration'
 
 
 # Life.
@@ -695,12 +696,12 @@ def test_a_checkpoint_gives_the_same_numbers_and_is_not_smoothed_again(name, mod
     _, target, _ = made(name, recipe)
     assert not lifecycle.is_calibrated(target)
     state = source.state_dict()
-    lifecycle.check_state_dict(target, state)
+    checkpoints.check_state_dict(target, state)
     target.load_state_dict(state)
     assert lifecycle.is_calibrated(target) and explicit(target) == explicit(source)
     for x in batches:
         assert torch.equal(outputs(target, x), outputs(source, x))
-    for mine, theirs in zip(lifecycle.coverage(target), lifecycle.coverage(source)):
+    for mine, theirs in zip(coverage(target), coverage(source)):
         assert mine[:5] == theirs[:5]
         assert mine.note.split(',')[0] == theirs.note.split(',')[0] or 'off' in theirs.note
     # Where no recipe is at hand, the checkpoint describes itself.
@@ -715,7 +716,7 @@ def test_a_float_checkpoint_loads_into_a_smoothed_model_anew():
     lifecycle.calibrate(model, batches, model)
     lifecycle.configure(model, Recipe.from_dict(dict(smoothquant=dict(alpha=0.5))))
     assert not any(u.smoothing for _, u in lifecycle.units(model))
-    lifecycle.check_state_dict(model, source.state_dict())
+    checkpoints.check_state_dict(model, source.state_dict())
     result = model.load_state_dict(source.state_dict(), strict=False)
     assert not result.unexpected_keys and not [k for k in result.missing_keys if 'smooth' in k]
     assert relative(off(model, batches[0]), outputs(source, batches[0])) < 1e-5

@@ -256,7 +256,7 @@ def quick_checkpoint(detector, folder):
 
 
 def test_full_size_off_is_float_and_w8a8_runs(upstream, double, tmp_path, monkeypatch):
-    from q3d_plugin import lifecycle
+    from q3d_plugin.coverage import coverage
     from q3d_plugin.openpcdet import detector as adapter
 
     cfg = load_config(CONFIGS / f'{FULL_SIZE}_w8a8.yaml')
@@ -280,7 +280,7 @@ def test_full_size_off_is_float_and_w8a8_runs(upstream, double, tmp_path, monkey
     with torch.no_grad():
         boxes, _ = model(frame(model))
     assert boxes[0]['pred_boxes'].shape[1] == 9
-    rows = lifecycle.coverage(model)
+    rows = coverage(model)
     # The config leaves the first layer float, and says so.
     floats = {r.name: r.note for r in rows if not r.quantized}
     assert floats == {'backbone_3d.conv_input.0': "skipped by 'backbone_3d.conv_input'"}
@@ -303,6 +303,7 @@ def test_full_size_off_is_float_after_smoothing(upstream, double, tmp_path, monk
     from easydict import EasyDict
 
     from q3d_plugin import lifecycle
+    from q3d_plugin.coverage import coverage
     from q3d_plugin.openpcdet import detector as adapter
 
     plain = load_config(f'cfgs/nuscenes_models/{FULL_SIZE}.yaml')
@@ -318,7 +319,7 @@ def test_full_size_off_is_float_after_smoothing(upstream, double, tmp_path, monk
             monkeypatch.setattr(adapter, 'calibration_loader', lambda *args, m=model: ([frame(m)], 1))
             with torch.no_grad():
                 model(frame(model))
-            smoothed = [r.smoothquant for r in lifecycle.coverage(model) if r.smoothquant]
+            smoothed = [r.smoothquant for r in coverage(model) if r.smoothquant]
             # All but the first layer, which the config leaves float.
             assert len(smoothed) == 107 and all(r['alpha'] == alpha for r in smoothed)
             lifecycle.set_enabled(model, False)
@@ -339,7 +340,7 @@ def test_full_size_off_is_float_after_smoothing(upstream, double, tmp_path, monk
 def test_other_detectors_build_and_take_a_float_checkpoint(upstream, double, tmp_path, config):
     from easydict import EasyDict
 
-    from q3d_plugin import lifecycle
+    from q3d_plugin.coverage import coverage
     from q3d_plugin.openpcdet.registries import REGISTRIES, registry_of
 
     cfg = load_config(f'cfgs/{config}')
@@ -352,4 +353,4 @@ def test_other_detectors_build_and_take_a_float_checkpoint(upstream, double, tmp
     cfg.MODEL.QUANT = EasyDict(MODE='float')
     model = build(cfg, tmp_path)
     model._load_state_dict(reference.state_dict(), strict=False)
-    assert all(r.note == 'switched off' for r in lifecycle.coverage(model))
+    assert all(r.note == 'switched off' for r in coverage(model))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from q3d_plugin.calibration.observer import MagnitudeHistogram
+from q3d_plugin.observer import MagnitudeHistogram
 
 
 def observed(frames, bins=4096):

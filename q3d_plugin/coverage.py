@@ -1,0 +1,130 @@
+"""The coverage table: every layer of a model, quantized how, or why not."""
+
+import json
+import math
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from q3d_plugin.files import write_text
+from q3d_plugin.layers import QuantUnit, is_converted, why_not
+from q3d_plugin.quantizer import Mode, Quantizer
+from q3d_plugin.text import text_table
+
+__all__ = ['CoverageRow', 'coverage', 'coverage_table', 'write_coverage']
+
+NO_DATA = 'saw no data during calibration'
+"""Why a layer is float that no calibration frame reached."""
+
+
+class CoverageRow(NamedTuple):
+    """One line of the coverage table.
+
+    Attributes:
+        smoothquant: Where the layer is smoothed: ``alpha``, ``mode``, ``producers`` (the layers that have the
+            inverse scales) and ``explicit`` (whether its input is multiplied). Not a column of the table.
+    """
+
+    name: str
+    kind: str
+    weight: str
+    activation: str
+    shared_with: str
+    note: str
+    smoothquant: Optional[Dict[str, Any]] = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything of the layer is quantized."""
+        return bool(self.weight or self.activation)
+
+
+def _describe(quantizer: Optional[Quantizer], disabled_word: str = '') -> str:
+    if quantizer is None or quantizer.mode is Mode.FLOAT or quantizer._disabled:
+        return disabled_word
+    bits = quantizer.num_bits
+    if quantizer.per_channel:
+        return f'int{bits} per channel'
+    if quantizer.mode is Mode.UNCALIBRATED:
+        return f'{bits} bits, no range yet'
+    kind = ('uint' if quantizer.unsigned else 'int') + str(bits)
+    return f'{kind} dynamic' if quantizer.dynamic else f'{kind} amax {quantizer._amax.item():.4g}'
+
+
+def _own_weights(module: nn.Module) -> List[Tensor]:
+    """The weights that ``module`` itself holds: ``weight``, and matrices such as ``in_proj_weight``."""
+    return [
+        p
+        for name, p in module._parameters.items()
+        if p is not None and (name == 'weight' or ('weight' in name and p.dim() > 1))
+    ]
+
+
+def coverage(model: nn.Module) -> List[CoverageRow]:
+    """One row for every layer with a weight, addition and concatenation: quantized how, or why not.
+
+    Args:
+        model: Configured or not.
+    """
+    rows, first_owner = [], {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantUnit):
+            quantizer = module.input_quantizer
+            shared = first_owner.setdefault(id(quantizer), name) if quantizer is not None else name
+            weight = _describe(getattr(module, 'weight_quantizer', None))
+            # The layer never ran, though another one may read the tensor that its input quantizer is for.
+            idle = getattr(getattr(module, 'weight_quantizer', None), 'mode', None) is Mode.FLOAT
+            activation = '' if idle else _describe(quantizer)
+            off = any(q._disabled for q in module.quantizers())
+            note = module.float_reason or (NO_DATA if idle else '')
+            note = note or ('switched off' if off and not (weight or activation) else '')
+            smoothed, words = _smoothing_of(module)
+            note = '; '.join(part for part in (note, words) if part)
+            shared = '' if shared == name else shared
+            rows.append(CoverageRow(name, module.kind, weight, activation, shared, note, smoothed))
+        elif isinstance(module, Quantizer):
+            continue
+        elif isinstance(module, _BatchNorm):
+            rows.append(
+                CoverageRow(name, type(module).__name__, '', '', '', 'no layer before it to fold into')
+            )
+        elif not is_converted(module) and _own_weights(module):
+            reason = why_not(module) or 'its part of the model has no Quant type'
+            rows.append(CoverageRow(name, type(module).__name__, '', '', '', reason))
+    return rows
+
+
+def _smoothing_of(module: QuantUnit) -> Tuple[Optional[Dict[str, Any]], str]:
+    """What is known of the smoothing of a unit: for JSON, and in words."""
+    spec = getattr(module, 'smooth_spec', None)
+    if spec is None:
+        return None, ''
+    alpha = module.smooth_alpha.item()
+    if math.isnan(alpha):
+        return dict(alpha=None, mode=spec.mode, producers=[], explicit=False), module.smooth_note
+    alpha = round(alpha, 6)
+    # A checkpoint has the scales, not the names of the layers that they went into.
+    places = {'dynamic': 'dynamic', True: 'explicit multiplication', False: 'scale in the layers before it'}
+    place = places[spec.mode if spec.mode == 'dynamic' else module.smoothing]
+    known = dict(
+        alpha=alpha, mode=spec.mode, producers=list(module.smooth_producers), explicit=module.smoothing
+    )
+    return known, module.smooth_note or f'SmoothQuant {alpha:g}, {place}'
+
+
+def coverage_table(rows: List[CoverageRow]) -> str:
+    """The rows as a text table with a line of totals."""
+    lines = [
+        text_table(['layer', 'type', 'weight', 'input', 'input shared with', 'note'], [r[:6] for r in rows])
+    ]
+    layers = [r for r in rows if r.kind not in ('Add', 'Concat')]
+    done = sum(r.quantized for r in layers)
+    others = sum(r.quantized for r in rows if r.kind in ('Add', 'Concat'))
+    lines.append(f'{done} of {len(layers)} layers quantized, and {others} additions and concatenations')
+    return '\n'.join(lines)
+
+
+def write_coverage(rows: List[CoverageRow], path: str) -> None:
+    """Writes the coverage table as JSON: a list of dictionaries."""
+    write_text(path, json.dumps([{**row._asdict(), 'quantized': row.quantized} for row in rows], indent=1))

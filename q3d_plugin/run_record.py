@@ -1,0 +1,57 @@
+"""The record of a run: what the report shows of it."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Dict, List
+
+from torch import nn
+
+from q3d_plugin.checkpoints import stamp
+from q3d_plugin.coverage import coverage, write_coverage
+from q3d_plugin.files import write_text
+from q3d_plugin.layers.model import quantizers
+from q3d_plugin.quantizer import Mode
+from q3d_plugin.recipe import Recipe
+
+__all__ = ['histograms', 'write_run']
+
+
+def histograms(model: nn.Module) -> List[Dict[str, Any]]:
+    """What calibration saw of every distinct input, compact: one dictionary for each activation quantizer.
+
+    Args:
+        model: Calibrated here; quantizers of a checkpoint have seen nothing.
+    """
+    rows = []
+    for quantizer in quantizers(model):
+        if quantizer.per_channel or quantizer.seen is None:
+            continue
+        ranged = quantizer.mode in (Mode.SIGNED, Mode.UNSIGNED)
+        rows.append(
+            {
+                'name': quantizer.owners[0] if quantizer.owners else quantizer.name,
+                'owners': list(quantizer.owners),
+                'bits': quantizer.num_bits,
+                'unsigned': quantizer.unsigned,
+                'amax': quantizer._amax.item() if ranged else None,
+                **quantizer.seen,
+            }
+        )
+    return rows
+
+
+def write_run(folder: str, model: nn.Module, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Writes what ``tools/report.py`` shows of a run: run.json, coverage.json and histograms.json.
+
+    Args:
+        folder: Of the run.
+        model: Configured, and calibrated unless the recipe's mode is float.
+        recipe: Of the run.
+        facts: Framework, config, checkpoint, data set, in plain data.
+    """
+    write_text(os.path.join(folder, 'run.json'), json.dumps({**facts, **stamp(recipe)}, indent=1))
+    write_coverage(coverage(model), os.path.join(folder, 'coverage.json'))
+    rows = histograms(model)
+    if rows:
+        write_text(os.path.join(folder, 'histograms.json'), json.dumps(rows))
