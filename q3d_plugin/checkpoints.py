@@ -1,5 +1,6 @@
 """Checkpoints of quantized models: checked before they are loaded, and written whole or not at all."""
 
+import dataclasses
 import pickle
 import struct
 import zipfile
@@ -13,7 +14,9 @@ from torch import nn
 from q3d_plugin import __version__
 from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.files import replacing
-from q3d_plugin.recipe import Recipe, differences
+from q3d_plugin.layers.model import units
+from q3d_plugin.quantizer import UNSIGNED_MODES, Mode
+from q3d_plugin.recipe import TARGETS, Recipe, differences
 from q3d_plugin.transforms.fold import fold_state_dict
 
 __all__ = [
@@ -25,6 +28,9 @@ __all__ = [
     'save_checkpoint',
     'stamp',
 ]
+
+FORMAT = 2
+"""Of the checkpoints that are written. In format 1 recipes had no target."""
 
 META_KEY = 'q3d'
 """Where a checkpoint's ``meta`` holds the recipe."""
@@ -134,39 +140,94 @@ def _permutes_to(given, wanted) -> bool:
 
 
 def check_recipe_of(
-    meta: Optional[Mapping], recipe: Recipe, source: str = 'checkpoint', path: str = 'recipe'
+    meta: Optional[Mapping],
+    state_dict: Mapping,
+    model: nn.Module,
+    recipe: Recipe,
+    source: str = 'checkpoint',
 ) -> None:
-    """Raises :class:`Q3DError` where a quantized checkpoint was made with another recipe.
+    """Checks that a quantized checkpoint was made with a recipe that means the same for every layer.
 
     ``mode`` and ``calibration`` may differ: a PTQ checkpoint is a fine start for QAT, and the ranges are
-    taken.
+    taken. So may words that change nothing for any layer of ``model``.
 
     Args:
         meta: The checkpoint's ``meta``.
+        state_dict: Its weights and ranges.
+        model: The model that it will go into.
         recipe: The config's recipe.
         source: What to call the checkpoint in messages.
-        path: Where the recipe stands in the config.
+
+    Raises:
+        Q3DError: It was made for another target or with another recipe, or has none that can be read.
     """
-    given = ((meta or {}).get(META_KEY) or {}).get('recipe')
-    if given is None:
+    stamped = (meta or {}).get(META_KEY) or {}
+    if not stamped.get('recipe'):
         raise Q3DError(f'{source}: it has ranges but no recipe; it was not saved by this plugin')
-    mine = recipe.to_dict()
+    made, place = _recipe_of(stamped, source), recipe.place.key('target')
+    advice = 'or calibrate the float checkpoint anew'
+    if stamped.get('format', 1) == 1:
+        # Recipes had no target then, and 'auto' could become unsigned. The ranges tell what it became.
+        unsigned = _unsigned_quantizer(state_dict)
+        if unsigned and not recipe.engine.unsigned:
+            able = ', '.join(repr(name) for name, target in TARGETS.items() if target.unsigned)
+            raise Q3DError(
+                f'{source}: it was saved before recipes had a target, and {unsigned} is unsigned, which '
+                f'{place} = {recipe.target!r} cannot run; one of {able} would work, {advice}'
+            )
+        made = dataclasses.replace(made, target=recipe.target)
+    if made.target != recipe.target:
+        raise Q3DError(
+            f'{source}: it was made for another target: {made.target!r}, and {place} is {recipe.target!r}; '
+            f'{made.target!r} would work, {advice}'
+        )
+    layer = next((n for n, _ in units(model) if made.plan(n) != recipe.plan(n)), None)
+    if layer is None:
+        return
+    theirs, mine = made.to_dict(), recipe.to_dict()
     found = [
         d
-        for key in [*mine, *(k for k in given if k not in mine)]
+        for key in mine
         if key not in ('mode', 'calibration')
-        for d in differences(given.get(key), mine.get(key), f'{path}.{key}')
+        for d in differences(theirs[key], mine[key], recipe.place.key(key))
     ]
-    if found:
+    raise Q3DError(
+        f'{source}: it was quantized with another recipe (checkpoint and config): {"; ".join(found)}. They '
+        f'differ for {layer!r}. Use the recipe it was made with, {advice}'
+    )
+
+
+def _recipe_of(stamped: Mapping, source: str) -> Recipe:
+    """The recipe in a checkpoint, as it is understood today.
+
+    A recipe in a checkpoint has all its defaults written out, so an entry that it lacks is younger than the
+    checkpoint; the version that brings an entry sets here what was done before.
+    """
+    given, version = dict(stamped['recipe']), stamped.get('format', 1)
+    if version > FORMAT:
         raise Q3DError(
-            f'{source}: it was quantized with another recipe (checkpoint and config): {"; ".join(found)}. '
-            'Use the recipe it was made with, or calibrate the float checkpoint anew'
+            f'{source}: it was saved by a newer version of this plugin ({stamped.get("version")}; this is '
+            f'{__version__}), in a format that this one does not know; install that version'
         )
+    if version == 1:
+        given['target'] = 'simulation'
+    try:
+        return Recipe.from_dict(given)
+    except Q3DError as error:
+        raise Q3DError(f'{source}: its recipe cannot be read: {error}') from error
+
+
+def _unsigned_quantizer(state_dict: Mapping) -> str:
+    """The name of the first unsigned quantizer in a checkpoint; empty where all are signed."""
+    for key, value in state_dict.items():
+        if key.endswith('_quantizer._state') and Mode(int(value[0])) in UNSIGNED_MODES:
+            return key[: -len('._state')]
+    return ''
 
 
 def stamp(recipe: Recipe) -> Dict[str, Any]:
-    """What the ``meta`` of a quantized checkpoint holds under :data:`META_KEY`."""
-    return {'recipe': recipe.to_dict(), 'version': __version__}
+    """The entry of a quantized checkpoint's ``meta`` under :data:`META_KEY`."""
+    return {'recipe': recipe.to_dict(), 'version': __version__, 'format': FORMAT}
 
 
 def save_checkpoint(

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from q3d_plugin.files import write_text
 from q3d_plugin.layers import QuantUnit, is_converted, why_not
-from q3d_plugin.quantizer import Mode, Quantizer
+from q3d_plugin.quantizer import Mode, Quantizer, Role, Stage
 from q3d_plugin.text import text_table
 
 __all__ = ['CoverageRow', 'coverage', 'coverage_table', 'write_coverage']
@@ -24,6 +24,7 @@ class CoverageRow(NamedTuple):
     Attributes:
         smoothquant: Where the layer is smoothed: ``alpha``, ``mode``, ``producers`` (the layers that have the
             inverse scales) and ``explicit`` (whether its input is multiplied). Not a column of the table.
+        target: The engine that the recipe is for; empty where no recipe was applied. Not a column either.
     """
 
     name: str
@@ -33,6 +34,7 @@ class CoverageRow(NamedTuple):
     shared_with: str
     note: str
     smoothquant: Optional[Dict[str, Any]] = None
+    target: str = ''
 
     @property
     def quantized(self) -> bool:
@@ -41,12 +43,12 @@ class CoverageRow(NamedTuple):
 
 
 def _describe(quantizer: Optional[Quantizer], disabled_word: str = '') -> str:
-    if quantizer is None or quantizer.mode is Mode.FLOAT or quantizer._disabled:
+    if quantizer is None or quantizer.stage in (Stage.FLOAT, Stage.OFF):
         return disabled_word
     bits = quantizer.num_bits
-    if quantizer.per_channel:
+    if quantizer.role is Role.WEIGHT:
         return f'int{bits} per channel'
-    if quantizer.mode is Mode.UNCALIBRATED:
+    if quantizer.stage is Stage.UNCALIBRATED:
         return f'{bits} bits, no range yet'
     kind = ('uint' if quantizer.unsigned else 'int') + str(bits)
     return f'{kind} dynamic' if quantizer.dynamic else f'{kind} amax {quantizer._amax.item():.4g}'
@@ -76,13 +78,15 @@ def coverage(model: nn.Module) -> List[CoverageRow]:
             # The layer never ran, though another one may read the tensor that its input quantizer is for.
             idle = getattr(getattr(module, 'weight_quantizer', None), 'mode', None) is Mode.FLOAT
             activation = '' if idle else _describe(quantizer)
-            off = any(q._disabled for q in module.quantizers())
+            off = any(q.stage is Stage.OFF for q in module.quantizers())
             note = module.float_reason or (NO_DATA if idle else '')
             note = note or ('switched off' if off and not (weight or activation) else '')
             smoothed, words = _smoothing_of(module)
             note = '; '.join(part for part in (note, words) if part)
             shared = '' if shared == name else shared
-            rows.append(CoverageRow(name, module.kind, weight, activation, shared, note, smoothed))
+            rows.append(
+                CoverageRow(name, module.kind, weight, activation, shared, note, smoothed, module.target)
+            )
         elif isinstance(module, Quantizer):
             continue
         elif isinstance(module, _BatchNorm):
@@ -121,7 +125,11 @@ def coverage_table(rows: List[CoverageRow]) -> str:
     layers = [r for r in rows if r.kind not in ('Add', 'Concat')]
     done = sum(r.quantized for r in layers)
     others = sum(r.quantized for r in rows if r.kind in ('Add', 'Concat'))
-    lines.append(f'{done} of {len(layers)} layers quantized, and {others} additions and concatenations')
+    targets = [row.target for row in rows if row.target]
+    engine = f', for target {targets[0]!r}' if targets else ''
+    lines.append(
+        f'{done} of {len(layers)} layers quantized, and {others} additions and concatenations{engine}'
+    )
     return '\n'.join(lines)
 
 

@@ -2,12 +2,36 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = ['Q3DError', 'near_matches']
 
 
 class Q3DError(ValueError):
-    """Input that cannot work. The message names the place, what was given and what would work."""
+    """Input that cannot work. The message names the place, what was given and what would work.
+
+    Args:
+        message: The whole message.
+        path: The place in the config, where there is one, as its author wrote it.
+        given: The value that was given there.
+        hint: What would work.
+
+    Examples:
+        >>> error = Q3DError.at('recipe.weight.bits', 99, 'an integer from 2 to 16 would work')
+        >>> print(error)
+        recipe.weight.bits: 99 was given; an integer from 2 to 16 would work
+        >>> error.path, error.given
+        ('recipe.weight.bits', 99)
+    """
+
+    def __init__(self, message: str, path: str = '', given: Any = None, hint: str = '') -> None:
+        super().__init__(message)
+        self.path, self.given, self.hint = path, given, hint
+
+    @classmethod
+    def at(cls, path: Any, given: Any, hint: str) -> 'Q3DError':
+        """The error for a value of a config that cannot work."""
+        return cls(f'{path}: {given!r} was given; {hint}', str(path), given, hint)
 
 
 def near_matches(given: str, known: Iterable[str], count: int = 3) -> str:

@@ -8,13 +8,13 @@ from torch import nn
 from q3d_plugin.calibration import any_of_ranks, collect, compute_ranges
 from q3d_plugin.coverage import NO_DATA
 from q3d_plugin.errors import Q3DError
-from q3d_plugin.layers import QuantWeightLayer
-from q3d_plugin.layers.model import is_calibrated, quantizers, set_enabled, units
+from q3d_plugin.layers.model import is_calibrated, layer_facts, quantizers, set_enabled, switched, units
+from q3d_plugin.quantizer import Role
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.transforms.insert import apply_recipe
 from q3d_plugin.transforms.smooth_model import READ_ONCE, smooth_model
 
-__all__ = ['calibrate', 'check_patterns', 'configure', 'is_calibrated', 'quantizers', 'set_enabled', 'units']
+__all__ = ['calibrate', 'check_recipe', 'configure', 'is_calibrated', 'quantizers', 'set_enabled', 'units']
 
 _logger = logging.getLogger(__name__)
 
@@ -27,33 +27,33 @@ def configure(model: nn.Module, recipe: Recipe) -> None:
         recipe: Validated recipe.
 
     Raises:
-        Q3DError: The model has no Quant types, or a pattern of the recipe matches no layer.
+        Q3DError: The model has no Quant types, a pattern matches no layer, or the target cannot run a layer.
     """
     found = units(model)
     if not found:
         types = sorted({type(m).__name__ for _, m in model.named_children()})
         raise Q3DError(
-            'recipe: the config has a recipe, but nothing in the model has a Quant type, so nothing would '
-            f'be quantized; the parts of this model are {", ".join(types)}. Write Quant before the type of '
-            "each part that is to be quantized, such as type='QuantSECOND'"
+            f'{recipe.place}: the config has a recipe, but nothing in the model has a Quant type, so nothing '
+            f'would be quantized; the parts of this model are {", ".join(types)}. Write Quant before the '
+            "type of each part that is to be quantized, such as type='QuantSECOND'"
         )
-    check_patterns(model, recipe)
+    check_recipe(model, recipe)
     apply_recipe(model, recipe)
     if recipe.mode == 'float':
         set_enabled(model, False)
 
 
-def check_patterns(model: nn.Module, recipe: Recipe, path: str = 'recipe') -> None:
-    """Raises :class:`Q3DError` for the first pattern of ``recipe`` that means no layer of ``model``.
+def check_recipe(model: nn.Module, recipe: Recipe) -> None:
+    """Checks a recipe against the layers of ``model``, before anything is changed.
 
     Args:
         model: A model with Quant types in it.
         recipe: Validated recipe.
-        path: Where the recipe stands in the config, for error messages.
+
+    Raises:
+        Q3DError: A pattern means no layer, or the target cannot run a layer as the recipe has it.
     """
-    found = units(model)
-    weighted = [name for name, unit in found if isinstance(unit, QuantWeightLayer)]
-    recipe.check_patterns([name for name, _ in found], path, weighted)
+    recipe.check(layer_facts(model))
 
 
 def calibrate(
@@ -81,39 +81,36 @@ def calibrate(
     Raises:
         Q3DError: There were no batches, or an activation holds NaN or Inf.
     """
-    smoothed = smooth_model(model, batches, forward, names, logger or _logger)
-    activations = [q for q in quantizers(model) if not q.per_channel]
-    weights = [q for q in quantizers(model) if q.per_channel]
-    # Statistics are those of the float model: weights are let through while they are taken.
-    for quantizer in weights:
-        quantizer.disable()
-        quantizer.used = False
-    try:
-        seen = collect(model, batches, forward, activations, names)
-    finally:
+    logger = logger or _logger
+    smoothed = smooth_model(model, batches, forward, names, logger)
+    activations = [q for q in quantizers(model) if q.role is Role.ACTIVATION]
+    weights = [q for q in quantizers(model) if q.role is Role.WEIGHT]
+    # Statistics are those of the float model: weights are let through while they are taken. What was switched
+    # off gets its range too, and is off again afterwards.
+    with switched(activations, True), switched(weights, False):
         for quantizer in weights:
-            quantizer.enable()
+            quantizer.used = False
+        seen = collect(model, batches, forward, activations, names)
     if seen == 0 and smoothed:
         raise Q3DError(READ_ONCE.format(type(batches).__name__))
     if seen == 0:
         raise Q3DError('calibration: there is not one frame to calibrate on')
     empty = set(compute_ranges(activations))
-    # A layer whose weight is read by other code, past its forward, has no quantizer in the way of anything.
+    # A layer whose weight is read by other code, past its forward, never calls its weight's quantizer.
     unused = {q for q, used in zip(weights, any_of_ranks([q.used for q in weights])) if not used}
     left = []
     for name, unit in units(model):
         weight = getattr(unit, 'weight_quantizer', None)
         idle = unit.input_quantizer in empty or weight in unused
         if idle:
-            unit.float_reason = NO_DATA
             left.append(name)
+        if idle or unit.float_reason == NO_DATA:
+            unit.float_reason = NO_DATA if idle else ''
         if weight is not None:
             if idle:
                 weight.leave_float()
             else:
                 unit.calibrate_weight()
     if left:
-        (logger or _logger).warning(
-            f'{len(left)} layers saw no data during calibration and stay float: {", ".join(left)}'
-        )
+        logger.warning(f'{len(left)} layers saw no data during calibration and stay float: {", ".join(left)}')
     return seen

@@ -14,6 +14,7 @@ __all__ = [
     'channel_amax',
     'dequantized_levels',
     'fake_quantize',
+    'native_fake_quantize',
     'search_entropy',
     'search_mse',
     'search_percentile',
@@ -92,6 +93,28 @@ def fake_quantize(
     inverse = 1.0 / scale
     scaled = x.mul_(inverse.to(x.dtype)) if inplace else x * inverse.to(x.dtype)
     return scaled.round_().clamp_(low, high).mul_(scale.to(x.dtype))
+
+
+def native_fake_quantize(
+    x: Tensor, amax: Tensor, bits: int, unsigned: bool = False, axis: Optional[int] = None
+) -> Tensor:
+    """As :func:`fake_quantize`, by torch's own operator, which an ONNX export turns into Q/DQ.
+
+    The exporter knows formats of 8 bits.
+
+    Args:
+        x: Any shape, floating point.
+        amax: Range; a scalar tensor, or one number per index of ``axis``.
+        bits: Width, 2 to 16.
+        unsigned: Whether the integers start at zero.
+        axis: The axis that has ranges of its own; None for one range for all.
+    """
+    low, high = bounds(bits, unsigned)
+    scale = (amax.detach().to(torch.float32) / high).clamp_min(_TINY)
+    if axis is None:
+        return torch.fake_quantize_per_tensor_affine(x, float(scale), 0, low, high)
+    zero = torch.zeros_like(scale.reshape(-1), dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(x, scale.reshape(-1), zero, axis, low, high)
 
 
 def dequantized_levels(x: Tensor, scale: Tensor, high: int) -> Tensor:

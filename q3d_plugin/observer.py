@@ -29,8 +29,9 @@ class MagnitudeHistogram:
             are dense in a bin, its centre is summed instead.
         kept: All values, flat, while they are few; then None.
         exponent: The upper end is ``2**exponent``.
-        minimum: Smallest value seen.
-        maximum: Largest value seen.
+        minimum: Smallest value counted.
+        maximum: Largest value counted.
+        lowest: Smallest value seen, counted or not: what has to be kept negative.
         frames: Number of tensors seen.
     """
 
@@ -42,6 +43,7 @@ class MagnitudeHistogram:
         self.exponent: Optional[int] = None
         self.minimum = math.inf
         self.maximum = -math.inf
+        self.lowest = math.inf
         self.frames = 0
 
     @property
@@ -71,6 +73,7 @@ class MagnitudeHistogram:
             return False
         self.frames += 1
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        self.lowest = min(self.lowest, low)
         largest = max(abs(low), abs(high))
         if self.counts is None:
             self.counts = torch.zeros(self.bins, dtype=torch.float64, device=x.device)
@@ -90,6 +93,16 @@ class MagnitudeHistogram:
         self._keep(x.reshape(-1) if x.numel() <= KEPT else None)
         return True
 
+    def note_sign(self, x: Tensor) -> None:
+        """Looks at a tensor whose values are not counted, but which has to keep its sign when quantized.
+
+        Args:
+            x: Any shape, floating point. NaN is passed over: whoever counts the values finds it.
+        """
+        if x.numel():
+            low = float(x.detach().amin())
+            self.lowest = self.lowest if math.isnan(low) else min(self.lowest, low)
+
     def _keep(self, values: Optional[Tensor]) -> None:
         """Adds values as they are, until there are too many; then none are kept."""
         if self.kept is None or values is None or len(self.kept) + len(values) > KEPT:
@@ -100,11 +113,14 @@ class MagnitudeHistogram:
     def _count(self, magnitudes: Tensor, largest: float) -> Tensor:
         """Histogram of ``magnitudes``, none of which is above ``largest``."""
         exact = self.bins & (self.bins - 1) == 0 and largest < self.top
-        if magnitudes.device.type != 'cpu' or not exact:
+        # On CUDA, bincount waits for the device, and histc raises where algorithms have to be deterministic.
+        fast = exact if magnitudes.device.type == 'cpu' else torch.are_deterministic_algorithms_enabled()
+        if not fast:
             return torch.histc(magnitudes, bins=self.bins, min=0.0, max=self.top)
         # Bins whose width is a power of two make the product exact, so that these are the counts of histc,
         # which takes several times as long on CPU.
-        return torch.bincount(magnitudes.mul(self.bins / self.top).int(), minlength=self.bins)
+        index = magnitudes.mul(self.bins / self.top).int()
+        return torch.bincount(index if exact else index.clamp_(max=self.bins - 1), minlength=self.bins)
 
     def _sum(self, magnitudes: Tensor, counts: Tensor, exact: bool) -> Tensor:
         """Sum of the magnitudes in each bin, or of the centres of the bins, which takes no second look."""
@@ -126,6 +142,7 @@ class MagnitudeHistogram:
 
     def merge(self, other: 'MagnitudeHistogram') -> None:
         """Adds what another histogram of the same tensor has seen, on another rank for example."""
+        self.lowest = min(self.lowest, other.lowest)
         if other.frames == 0:
             return
         if self.frames == 0:
@@ -163,13 +180,14 @@ class MagnitudeHistogram:
         """What :meth:`from_state` needs, in types that travel between processes."""
         histogram = None if self.counts is None else (self.counts.cpu(), self.sums.cpu())
         kept = None if self.kept is None else self.kept.cpu()
-        return self.bins, histogram, self.exponent, self.minimum, self.maximum, self.frames, kept
+        seen = self.minimum, self.maximum, self.lowest, self.frames
+        return self.bins, histogram, self.exponent, *seen, kept
 
     @classmethod
     def from_state(cls, state: Tuple) -> 'MagnitudeHistogram':
         """The histogram that :meth:`state` was taken from."""
         out = cls(state[0])
-        _, histogram, out.exponent, out.minimum, out.maximum, out.frames, out.kept = state
+        _, histogram, out.exponent, out.minimum, out.maximum, out.lowest, out.frames, out.kept = state
         if histogram is not None:
             out.counts, out.sums = histogram
         return out

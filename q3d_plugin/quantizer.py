@@ -1,15 +1,16 @@
-"""The quantizer of one tensor: the only room that imports pytorch_quantization.
+"""The quantizer of one tensor: the only module that imports pytorch_quantization.
 
 :class:`Quantizer` is a ``TensorQuantizer``, so that tools which look for those (NVIDIA's export scripts, for
-example) find them, with four differences: its state is in buffers that every framework's loader copies,
-signedness can be decided by calibration, statistics go to a
+example) find them, and what they do to one they do to ours: ``disable``, ``disable_quant``, setting ``amax``,
+``num_bits`` or ``unsigned``, and ``use_fb_fake_quant`` in an export. Four things differ: its state is in
+buffers that every framework's loader copies, signedness can be decided by calibration, statistics go to a
 :class:`~q3d_plugin.observer.MagnitudeHistogram`, and the arithmetic is
 :func:`q3d_plugin.numerics.fake_quantize`.
 """
 
+import dataclasses
 import enum
-import weakref
-from typing import Dict, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from pytorch_quantization.nn import TensorQuantizer
@@ -18,27 +19,59 @@ from torch import Tensor
 
 from q3d_plugin import numerics
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.memo import TensorMemo
 from q3d_plugin.observer import MagnitudeHistogram
 from q3d_plugin.recipe import ActivationSpec, WeightSpec
 
-__all__ = ['Mode', 'Quantizer', 'largest_magnitude']
+__all__ = ['UNSIGNED_MODES', 'Mode', 'Quantizer', 'Role', 'Stage', 'largest_magnitude']
+
+
+class Role(enum.Enum):
+    """The kind of tensor that a quantizer is for."""
+
+    WEIGHT = 'weight'
+    """One range per output channel."""
+    ACTIVATION = 'activation'
+    """One range."""
+
+
+class Stage(enum.Enum):
+    """What a quantizer does with the next tensor."""
+
+    OFF = 'off'
+    """It was switched off: the tensor passes unchanged."""
+    OBSERVING = 'observing'
+    """It takes statistics; the tensor passes unchanged."""
+    UNCALIBRATED = 'uncalibrated'
+    """It has no range yet: a forward pass is an error."""
+    FLOAT = 'float'
+    """It was left float, because calibration saw no data: the tensor passes unchanged."""
+    STATIC = 'static'
+    """It quantizes by its range."""
+    DYNAMIC = 'dynamic'
+    """It quantizes by the largest magnitude of the current tensor."""
 
 
 class Mode(enum.IntEnum):
-    """What a quantizer does."""
+    """Stage and signedness as one number, as checkpoints hold them. Switching off is not saved."""
 
     UNCALIBRATED = 0
-    """It has no range yet: a forward pass is an error."""
     SIGNED = 1
-    """It quantizes to signed integers."""
     UNSIGNED = 2
-    """It quantizes to unsigned integers."""
     FLOAT = 3
-    """It lets its input through: it saw no data, or the recipe's mode is float."""
     DYNAMIC_SIGNED = 4
-    """As SIGNED, by the largest magnitude of the current tensor."""
     DYNAMIC_UNSIGNED = 5
-    """As UNSIGNED, by the largest magnitude of the current tensor."""
+
+
+_STAGES = {
+    Mode.UNCALIBRATED: Stage.UNCALIBRATED,
+    Mode.SIGNED: Stage.STATIC,
+    Mode.UNSIGNED: Stage.STATIC,
+    Mode.FLOAT: Stage.FLOAT,
+    Mode.DYNAMIC_SIGNED: Stage.DYNAMIC,
+    Mode.DYNAMIC_UNSIGNED: Stage.DYNAMIC,
+}
+UNSIGNED_MODES = (Mode.UNSIGNED, Mode.DYNAMIC_UNSIGNED)
 
 
 def largest_magnitude(*tensors: Tensor) -> Tensor:
@@ -49,6 +82,9 @@ def largest_magnitude(*tensors: Tensor) -> Tensor:
     """
     found = [torch.stack(torch.aminmax(t.detach())).abs().amax() for t in tensors if t.numel()]
     return torch.stack(found).amax() if found else torch.zeros(())
+
+
+_ITSELF = object()
 
 
 class Quantizer(TensorQuantizer):
@@ -66,6 +102,7 @@ class Quantizer(TensorQuantizer):
         observer: Statistics, while :attr:`observing`.
         seen: What the last calibration saw, compact and in plain data; None before one.
         used: Whether it was called since this was last set to False, switched off or not.
+        finite: Whether all that it observed was finite.
 
     Shape:
         - Input: any floating point tensor. Output: the same shape and dtype.
@@ -78,29 +115,62 @@ class Quantizer(TensorQuantizer):
         axis: Optional[int] = None,
         name: str = '',
     ) -> None:
-        descriptor = QuantDescriptor(num_bits=spec.bits, axis=None if channels is None else axis)
-        super().__init__(descriptor)
+        super().__init__(QuantDescriptor(num_bits=spec.bits, axis=None if channels is None else axis))
         # The package's own calibrators are replaced by the observer: its histogram calls .cuda() and knows
         # one rank.
         self._calibrator = None
-        self.spec = spec
-        self.name = name
-        self.owners = []
-        self.observer: Optional[MagnitudeHistogram] = None
-        self.seen: Optional[Dict] = None
-        self.finite = True
-        self.used = False
-        self._memo = None
-        shape = () if channels is None else (channels,)
-        self.register_buffer('_amax', torch.zeros(shape))
+        self.register_buffer('_amax', torch.zeros(() if channels is None else (channels,)))
         # Mode and bits are in a buffer, so that a quantized checkpoint describes itself to any loader. NCCL,
         # by which DistributedDataParallel broadcasts buffers, has no 16-bit integers.
-        self.register_buffer('_state', torch.tensor([Mode.UNCALIBRATED, spec.bits], dtype=torch.int32))
-        self._set_mode(Mode.UNCALIBRATED)
+        self.register_buffer('_state', torch.zeros(2, dtype=torch.int32))
+        self.configure(spec, name)
+
+    def configure(self, spec: Union[ActivationSpec, WeightSpec], name: str = '') -> None:
+        """Starts anew with another spec: switched on, without a range, owned by nobody.
+
+        Args:
+            spec: Bits, calibrator and (for activations) signedness.
+            name: Whose quantizer it is, for messages.
+        """
+        self.spec, self.name, self.owners = spec, name, []
+        self.observer: Optional[MagnitudeHistogram] = None
+        self.seen: Optional[Dict] = None
+        self.finite, self.used = True, False
+        self._memo = TensorMemo()
+        self._disabled, self._if_quant = False, True
+        with torch.no_grad():
+            self._amax.zero_()
+        self._num_bits = spec.bits
+        self._state[1] = spec.bits
+        self.mode = Mode.UNCALIBRATED
+
+    @property
+    def role(self) -> Role:
+        """The kind of tensor that it is for."""
+        return Role.WEIGHT if self.per_channel else Role.ACTIVATION
+
+    @property
+    def stage(self) -> Stage:
+        """What it does with the next tensor."""
+        if not self.enabled:
+            return Stage.OFF
+        if self.observer is not None:
+            return Stage.OBSERVING
+        return _STAGES[self._mode] if self._if_quant else Stage.OFF
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it is switched on: see :meth:`enable` and :meth:`disable`."""
+        return not self._disabled
+
+    @property
+    def has_range(self) -> bool:
+        """Whether calibration, or whoever set ``amax``, gave it a range, switched on or not."""
+        return _STAGES[self._mode] is Stage.STATIC
 
     @property
     def mode(self) -> Mode:
-        """What it does at present."""
+        """Stage and signedness as checkpoints hold them."""
         return self._mode
 
     @mode.setter
@@ -111,13 +181,68 @@ class Quantizer(TensorQuantizer):
     def _set_mode(self, mode: Mode) -> None:
         # Kept apart: looked at in every forward pass.
         self._mode = mode
-        self._unsigned = mode in (Mode.UNSIGNED, Mode.DYNAMIC_UNSIGNED)
-        self._dynamic = mode in (Mode.DYNAMIC_SIGNED, Mode.DYNAMIC_UNSIGNED)
+        self._unsigned = mode in UNSIGNED_MODES
+        self._dynamic = _STAGES[mode] is Stage.DYNAMIC
+        self._memo.clear()
+
+    # The properties of a TensorQuantizer that can be set.
 
     @property
     def unsigned(self) -> bool:
         """Whether the integers start at zero."""
         return self._unsigned
+
+    @unsigned.setter
+    def unsigned(self, value: bool) -> None:
+        if _STAGES[self._mode] in (Stage.STATIC, Stage.DYNAMIC):
+            self._set_ranged(bool(value), self._dynamic)
+        else:
+            # QuantDescriptor and spec say it in advance.
+            self._unsigned = bool(value)
+
+    @property
+    def num_bits(self) -> int:
+        """Width of the integers."""
+        return self._num_bits
+
+    @num_bits.setter
+    def num_bits(self, value: int) -> None:
+        self._num_bits = int(value)
+        self.spec = dataclasses.replace(self.spec, bits=int(value))
+        self._state[1] = int(value)
+        self._memo.clear()
+
+    @property
+    def amax(self) -> Optional[Tensor]:
+        """The range, or ranges; None where there is none."""
+        return self._amax if self.has_range else None
+
+    @amax.setter
+    def amax(self, value: Union[float, Tensor]) -> None:
+        value = torch.as_tensor(value, dtype=self._amax.dtype, device=self._amax.device)
+        if value.numel() != self._amax.numel():
+            raise TypeError(
+                f'amax of {self.name or "a quantizer"}: {value.numel()} numbers were given, it has '
+                f'{self._amax.numel()} ranges'
+            )
+        with torch.no_grad():
+            self._amax.copy_(value.reshape(self._amax.shape))
+        self._set_ranged(self._unsigned, dynamic=False)
+        self._end_observing()
+
+    @property
+    def narrow_range(self) -> bool:
+        """Whether the smallest integer is left out; it never is: engines use -128 too."""
+        return False
+
+    @narrow_range.setter
+    def narrow_range(self, value: bool) -> None:
+        if value:
+            raise Q3DError('narrow_range: True was given; the integers go from -128 to 127 here (False)')
+
+    def _set_ranged(self, unsigned: bool, dynamic: bool) -> None:
+        signed = (Mode.SIGNED, Mode.DYNAMIC_SIGNED), (Mode.UNSIGNED, Mode.DYNAMIC_UNSIGNED)
+        self.mode = signed[unsigned][dynamic]
 
     @property
     def dynamic(self) -> bool:
@@ -143,7 +268,7 @@ class Quantizer(TensorQuantizer):
         """Starts to take statistics."""
         self.observer = MagnitudeHistogram()
         self.finite = True
-        self._memo = None
+        self._memo.clear()
 
     def set_range(self, amax: Tensor, unsigned: bool = False) -> None:
         """Ends calibration with a range.
@@ -152,11 +277,9 @@ class Quantizer(TensorQuantizer):
             amax: Scalar, or (C,) for a weight. A dynamic range replaces it for every tensor.
             unsigned: Whether the integers start at zero.
         """
-        self._amax.copy_(amax.to(self._amax).reshape(self._amax.shape))
-        if getattr(self.spec, 'range', 'static') == 'dynamic':
-            self.mode = Mode.DYNAMIC_UNSIGNED if unsigned else Mode.DYNAMIC_SIGNED
-        else:
-            self.mode = Mode.UNSIGNED if unsigned else Mode.SIGNED
+        with torch.no_grad():
+            self._amax.copy_(amax.to(self._amax).reshape(self._amax.shape))
+        self._set_ranged(unsigned, getattr(self.spec, 'range', 'static') == 'dynamic')
         self._end_observing()
 
     def leave_float(self) -> None:
@@ -165,7 +288,7 @@ class Quantizer(TensorQuantizer):
         self._end_observing()
 
     def _end_observing(self) -> None:
-        self._memo = None
+        self._memo.clear()
         if self.observer is not None:
             self.seen = self.observer.compact()
         self.observer = None
@@ -185,11 +308,11 @@ class Quantizer(TensorQuantizer):
         if self._disabled or inputs.numel() == 0:
             return inputs
         if self.observer is not None:
-            if not self._seen_before(inputs):
+            if self._remembered(inputs) is None:
                 self.finite = self.observer.update(inputs) and self.finite
                 self._remember(inputs, inputs)
             return inputs
-        if self._mode is Mode.FLOAT:
+        if self._mode is Mode.FLOAT or not self._if_quant:
             return inputs
         if self._mode is Mode.UNCALIBRATED:
             raise Q3DError(
@@ -199,17 +322,31 @@ class Quantizer(TensorQuantizer):
                 'or load a quantized checkpoint'
             )
         if amax is not None:
-            return numerics.fake_quantize(inputs, amax, self._num_bits, self._unsigned, self._axis, inplace)
-        if self._seen_before(inputs):
-            return self._memo[3]
+            return self._quantize(inputs, amax, inplace)
+        known = self._remembered(inputs)
+        if known is not None:
+            return inputs if known is _ITSELF else known
         if self._on_grid(inputs):
             return inputs
-        amax = largest_magnitude(inputs) if self._dynamic else self._amax
-        out = numerics.fake_quantize(inputs, amax, self._num_bits, self._unsigned, self._axis, inplace)
+        out = self._quantize(inputs, largest_magnitude(inputs) if self._dynamic else self._amax, inplace)
         self._remember(inputs, out)
         if inplace and not self._dynamic and not out.is_inference():
             out._q3d_grid = (out._version, self._grid)
         return out
+
+    # Layers that share a quantizer read the same tensor: it is quantized, or counted, once.
+    def _remembered(self, x: Tensor) -> Any:
+        return self._memo.value_of(x) if self.shared else None
+
+    def _remember(self, x: Tensor, out: Tensor) -> None:
+        if self.shared:
+            # A tensor that was counted, or quantized in place, must not be kept alive by its own memo.
+            self._memo.keep(x, _ITSELF if out is x else out)
+
+    def _quantize(self, x: Tensor, amax: Tensor, inplace: bool) -> Tensor:
+        if TensorQuantizer.use_fb_fake_quant:
+            return numerics.native_fake_quantize(x, amax, self._num_bits, self._unsigned, self._axis)
+        return numerics.fake_quantize(x, amax, self._num_bits, self._unsigned, self._axis, inplace)
 
     @property
     def _grid(self) -> Tuple:
@@ -222,36 +359,11 @@ class Quantizer(TensorQuantizer):
         It spares a copy of the largest tensor of a detector. In a trace every quantizer has to appear.
         """
         tag = getattr(x, '_q3d_grid', None)
-        if tag is None or self._dynamic or torch.is_grad_enabled() or torch.jit.is_tracing():
+        if tag is None or self._dynamic or torch.is_grad_enabled():
+            return False
+        if torch.jit.is_tracing() or TensorQuantizer.use_fb_fake_quant:
             return False
         return tag == (x._version, self._grid)
-
-    # Layers that share a quantizer read the same tensor: it is quantized, or counted, once. The memo holds
-    # the input weakly and forgets the output when the input dies, so nothing lives longer than it did.
-    def _seen_before(self, x: Tensor) -> bool:
-        memo = self._memo
-        if memo is None or not self.shared:
-            return False
-        return memo[0]() is x and memo[1] == x._version and memo[2] == torch.is_grad_enabled()
-
-    def _remember(self, x: Tensor, out: Tensor) -> None:
-        if not self.shared or x.is_inference():
-            return
-        self_ref = weakref.ref(self)
-
-        def forget(reference):
-            quantizer = self_ref()
-            if quantizer is not None and quantizer._memo is not None and quantizer._memo[0] is reference:
-                quantizer._memo = None
-
-        # A quantizer that only counts must not keep its input alive through the memo.
-        kept = None if out is x else out
-        self._memo = (weakref.ref(x, forget), x._version, torch.is_grad_enabled(), kept)
-
-    def __getstate__(self):
-        state = self.__dict__.copy()
-        state['_memo'] = None
-        return state
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         """Loads the buffers and takes mode and bits from them."""
@@ -263,12 +375,12 @@ class Quantizer(TensorQuantizer):
         mode, bits = self._state.tolist()
         self._set_mode(Mode(mode))
         self._num_bits = bits
-        self._memo = None
+        self.spec = dataclasses.replace(self.spec, bits=bits)
 
     def extra_repr(self) -> str:
-        if self._mode in (Mode.UNCALIBRATED, Mode.FLOAT):
-            return f'{self._mode.name.lower()} {self._num_bits} bits'
-        if self._dynamic:
-            return f'{self._mode.name.lower()} {self._num_bits} bits'.replace('_', ' ')
-        shape = 'per channel' if self.per_channel else f'amax={self._amax.item():.4g}'
-        return f'{self._mode.name.lower()} {self._num_bits} bits {shape}'
+        words = [self.role.value, self.stage.value, f'{self._num_bits} bits']
+        if self.stage in (Stage.STATIC, Stage.DYNAMIC):
+            words.insert(2, 'unsigned' if self._unsigned else 'signed')
+        if self.stage is Stage.STATIC:
+            words.append('per channel' if self.per_channel else f'amax={self._amax.item():.4g}')
+        return ' '.join(words)

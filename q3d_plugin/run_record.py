@@ -11,7 +11,7 @@ from q3d_plugin.checkpoints import stamp
 from q3d_plugin.coverage import coverage, write_coverage
 from q3d_plugin.files import write_text
 from q3d_plugin.layers.model import quantizers
-from q3d_plugin.quantizer import Mode
+from q3d_plugin.quantizer import Role
 from q3d_plugin.recipe import Recipe
 
 __all__ = ['histograms', 'write_run']
@@ -25,16 +25,15 @@ def histograms(model: nn.Module) -> List[Dict[str, Any]]:
     """
     rows = []
     for quantizer in quantizers(model):
-        if quantizer.per_channel or quantizer.seen is None:
+        if quantizer.role is Role.WEIGHT or quantizer.seen is None:
             continue
-        ranged = quantizer.mode in (Mode.SIGNED, Mode.UNSIGNED)
         rows.append(
             {
                 'name': quantizer.owners[0] if quantizer.owners else quantizer.name,
                 'owners': list(quantizer.owners),
                 'bits': quantizer.num_bits,
                 'unsigned': quantizer.unsigned,
-                'amax': quantizer._amax.item() if ranged else None,
+                'amax': quantizer._amax.item() if quantizer.has_range else None,
                 **quantizer.seen,
             }
         )

@@ -8,10 +8,11 @@ import weakref
 import pytest
 import torch
 from pytorch_quantization.nn import TensorQuantizer
+from torch import nn
 
 from q3d_plugin import numerics
 from q3d_plugin.errors import Q3DError
-from q3d_plugin.quantizer import Mode, Quantizer
+from q3d_plugin.quantizer import Mode, Quantizer, Role, Stage
 from q3d_plugin.recipe import ActivationSpec, WeightSpec
 
 
@@ -151,7 +152,7 @@ def test_a_quantizer_of_one_layer_remembers_nothing(calls):
     quantizer = activation(owners=('a',))
     x = torch.randn(20)
     assert torch.equal(quantizer(x), quantizer(x))
-    assert len(calls) == 2 and quantizer._memo is None
+    assert len(calls) == 2 and quantizer._memo.value_of(x) is None
 
 
 def test_a_change_in_place_is_noticed():
@@ -202,7 +203,7 @@ def test_the_memo_keeps_no_tensor_alive(observing):
     del x, out
     gc.collect()
     assert dead_x() is None and dead_out() is None
-    assert quantizer._memo is None
+    assert quantizer._memo._reference is None
 
 
 def test_the_memo_keeps_no_intermediate_result_of_a_training_step_alive():
@@ -324,3 +325,132 @@ def test_a_dynamic_range_lets_gradients_through():
     x = torch.randn(10, requires_grad=True)
     quantizer(x).sum().backward()
     assert torch.equal(x.grad, torch.ones(10))
+
+
+# What pytorch_quantization's own functions do to a TensorQuantizer, they do to ours.
+
+
+def test_quantization_switched_off_lets_the_tensor_through_and_on_quantizes_again():
+    quantizer, x = activation(1.5), torch.randn(40)
+    expected = quantizer(x)
+    quantizer.disable_quant()
+    assert quantizer(x) is x and quantizer.stage is Stage.OFF
+    quantizer.enable_quant()
+    assert torch.equal(quantizer(x), expected) and quantizer.stage is Stage.STATIC
+    quantizer.disable()
+    assert quantizer(x) is x and quantizer.stage is Stage.OFF
+    quantizer.enable()
+    assert torch.equal(quantizer(x), expected)
+
+
+@pytest.mark.parametrize('value', [0.75, torch.tensor(0.75)])
+def test_a_range_that_is_set_is_used_and_saved(value):
+    quantizer = Quantizer(ActivationSpec())
+    assert quantizer.amax is None
+    quantizer.amax = value
+    x = torch.randn(40)
+    assert quantizer.amax == 0.75 and quantizer.stage is Stage.STATIC
+    assert torch.equal(quantizer(x), activation(0.75)(x))
+    again = Quantizer(ActivationSpec())
+    again.load_state_dict(quantizer.state_dict())
+    assert torch.equal(again(x), quantizer(x))
+    with pytest.raises(TypeError, match='2 numbers were given, it has 1'):
+        quantizer.amax = [1.0, 2.0]
+
+
+def test_ranges_of_a_weight_can_be_set_with_the_axes_that_pytorch_quantization_keeps():
+    quantizer, weight = Quantizer(WeightSpec(), 3, 0), torch.randn(3, 2, 1, 1)
+    quantizer.amax = weight.abs().amax((1, 2, 3), keepdim=True)
+    reference = Quantizer(WeightSpec(), 3, 0)
+    reference.set_range(weight.abs().amax((1, 2, 3)))
+    assert torch.equal(quantizer(weight), reference(weight))
+
+
+def test_bits_that_are_set_are_used_by_quantization_calibration_and_checkpoints():
+    quantizer, x = activation(2.0), torch.linspace(-2, 2, 50)
+    quantizer.num_bits = 4
+    assert len(quantizer(x).unique()) == 15 and quantizer.spec.bits == 4
+    again = activation(1.0)
+    again.load_state_dict(quantizer.state_dict())
+    assert again.num_bits == 4 and torch.equal(again(x), quantizer(x))
+
+
+def test_signedness_that_is_set_is_used_and_saved():
+    quantizer, x = activation(2.0), torch.rand(50) * 2
+    quantizer.unsigned = True
+    assert torch.equal(quantizer(x), activation(2.0, unsigned=True)(x))
+    again = activation(1.0)
+    again.load_state_dict(quantizer.state_dict())
+    assert again.unsigned
+    with pytest.raises(Q3DError, match='narrow_range: True was given'):
+        quantizer.narrow_range = True
+
+
+def test_the_step_size_of_pytorch_quantization_is_ours():
+    assert activation(2.54).step_size.item() == pytest.approx(0.02)
+    assert activation(2.55, unsigned=True).step_size.item() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize('unsigned', [False, True])
+def test_native_fake_quantization_for_an_export_gives_the_same_values(monkeypatch, unsigned):
+    x = torch.randn(3, 40) if not unsigned else torch.rand(3, 40)
+    weight, amax = torch.randn(3, 40), torch.tensor([1.0, 2.0, 0.5])
+    quantizer, of_weight = activation(0.8, unsigned=unsigned), Quantizer(WeightSpec(), 3, 0)
+    of_weight.set_range(amax)
+    expected = quantizer(x), of_weight(weight)
+    calls = []
+    for name in ('fake_quantize_per_tensor_affine', 'fake_quantize_per_channel_affine'):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, real=real, name=name: (calls.append(name), real(*a))[1])
+    monkeypatch.setattr(TensorQuantizer, 'use_fb_fake_quant', True)
+    with torch.no_grad():
+        assert torch.allclose(quantizer(x), expected[0], atol=1e-6)
+        assert torch.allclose(of_weight(weight), expected[1], atol=1e-6)
+    assert calls == ['fake_quantize_per_tensor_affine', 'fake_quantize_per_channel_affine']
+
+
+def test_an_export_has_quantize_and_dequantize_nodes(monkeypatch, tmp_path):
+    onnx = pytest.importorskip('onnx')
+    from q3d_plugin import lifecycle
+    from q3d_plugin.recipe import Recipe
+    from q3d_plugin.transforms.insert import quantize_
+
+    model = quantize_(nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 1))).eval()
+    lifecycle.configure(model, Recipe())
+    x = torch.randn(1, 2, 4, 4)
+    lifecycle.calibrate(model, [x], model)
+    monkeypatch.setattr(TensorQuantizer, 'use_fb_fake_quant', True)
+    path = str(tmp_path / 'model.onnx')
+    torch.onnx.export(model, (x,), path, opset_version=13, dynamo=False)
+    operators = [node.op_type for node in onnx.load(path).graph.node]
+    assert operators.count('QuantizeLinear') == operators.count('DequantizeLinear') == 4
+
+
+def test_the_stage_is_said_in_one_place():
+    quantizer = Quantizer(ActivationSpec(range='dynamic'))
+    assert quantizer.role is Role.ACTIVATION and quantizer.stage is Stage.UNCALIBRATED
+    quantizer.observe()
+    assert quantizer.stage is Stage.OBSERVING
+    quantizer.set_range(torch.tensor(1.0))
+    assert quantizer.stage is Stage.DYNAMIC and not quantizer.has_range
+    quantizer.leave_float()
+    assert quantizer.stage is Stage.FLOAT
+    assert Quantizer(WeightSpec(), 4, 0).role is Role.WEIGHT
+    assert 'activation float 8 bits' in repr(quantizer)
+
+
+def test_what_was_quantized_in_place_is_given_to_the_next_reader():
+    quantizer = activation(1.0, owners=('a', 'b'))
+    x = torch.randn(20)
+    with torch.no_grad():
+        expected = activation(1.0)(x)
+        assert quantizer(x, inplace=True) is x and torch.equal(x, expected)
+        assert quantizer(x, inplace=True) is x and torch.equal(x, expected)
+
+
+def test_configuring_anew_keeps_the_object_and_forgets_the_rest():
+    quantizer = activation(1.0, owners=('a', 'b'))
+    quantizer.disable()
+    quantizer.configure(ActivationSpec(bits=6), 'name')
+    assert quantizer.enabled and quantizer.stage is Stage.UNCALIBRATED and quantizer.owners == []
+    assert quantizer.num_bits == 6 and quantizer._state.tolist() == [0, 6]

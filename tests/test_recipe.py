@@ -12,6 +12,8 @@ from q3d_plugin.recipe import (
     CALIBRATORS,
     WEIGHT_CALIBRATORS,
     ActivationSpec,
+    LayerFacts,
+    Place,
     Recipe,
     WeightSpec,
     differences,
@@ -22,8 +24,16 @@ from q3d_plugin.recipe import (
 def refused(given_recipe, path='recipe'):
     """The message of the error that the recipe causes."""
     with pytest.raises(Q3DError) as caught:
-        Recipe.from_dict(given_recipe, path)
+        Recipe.from_dict(given_recipe, Place(path))
     return str(caught.value)
+
+
+def layers_of(names, weighted=None):
+    """Dense convolutions of these names; additions where they are not among ``weighted``."""
+    weighted = names if weighted is None else weighted
+    return [
+        LayerFacts(n, *(('convolution', True) if n in weighted else ('elementwise', False))) for n in names
+    ]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +89,7 @@ def test_bits_that_are_no_width_are_refused(part, bits):
 @pytest.mark.parametrize('part', ['weight', 'activation'])
 def test_every_width_from_2_to_16_is_accepted(part):
     for bits in range(2, 17):
-        assert getattr(Recipe.from_dict({part: dict(bits=bits)}), part).bits == bits
+        assert getattr(Recipe.from_dict({'target': 'simulation', part: dict(bits=bits)}), part).bits == bits
 
 
 @pytest.mark.parametrize('part', PARTS)
@@ -106,10 +116,13 @@ def test_entropy_is_refused_for_weights_and_what_works_is_listed(part):
 
 def test_every_calibrator_is_accepted_where_it_works():
     for calibrator in CALIBRATORS:
-        recipe = Recipe.from_dict(dict(activation=dict(calibrator=calibrator)))
+        recipe = Recipe.from_dict(dict(target='simulation', activation=dict(calibrator=calibrator)))
         assert recipe.activation.calibrator == calibrator
     for calibrator in WEIGHT_CALIBRATORS:
-        assert Recipe.from_dict(dict(weight=dict(calibrator=calibrator))).weight.calibrator == calibrator
+        assert (
+            Recipe.from_dict(dict(target='simulation', weight=dict(calibrator=calibrator))).weight.calibrator
+            == calibrator
+        )
 
 
 @pytest.mark.parametrize('value', [0, -1, 100.5, True, '99', float('nan'), float('inf'), None])
@@ -165,7 +178,7 @@ def test_nothing_given_is_the_default():
 def test_the_given_dictionary_is_not_changed():
     config = dict(weight=dict(bits=4, percentile=99), skip='a', overrides=[dict(layers='b', weight=None)])
     before = copy.deepcopy(config)
-    Recipe.from_dict(config).plan('a.0')
+    Recipe.from_dict({'target': 'simulation', **config}).plan('a.0')
     assert config == before
 
 
@@ -193,9 +206,9 @@ def test_patterns(pattern, name, means):
 
 def test_a_pattern_for_no_layer_is_refused_with_near_names():
     names = ['backbone.blocks.0.0', 'neck.deblocks.0.0', 'bbox_head.heatmap.1']
-    recipe = Recipe.from_dict(dict(skip=['neck', '*heatmaps.1']))
+    recipe = Recipe.from_dict(dict(target='simulation', skip=['neck', '*heatmaps.1']))
     with pytest.raises(Q3DError) as caught:
-        recipe.check_patterns(names)
+        recipe.check(layers_of(names))
     message = str(caught.value)
     assert message.startswith("recipe.skip[1]: '*heatmaps.1' matches none of the 3")
     assert "did you mean 'heatmap.1'" in message
@@ -203,24 +216,25 @@ def test_a_pattern_for_no_layer_is_refused_with_near_names():
 
 def test_a_pattern_of_an_override_for_no_layer_is_refused_with_its_place():
     overrides = [dict(layers='backbone'), dict(layers=['backbone', 'nekc.deblocks'], weight=None)]
-    recipe = Recipe.from_dict(dict(overrides=overrides))
+    recipe = Recipe.from_dict(dict(target='simulation', overrides=overrides), Place('hook.recipe'))
     with pytest.raises(Q3DError) as caught:
-        recipe.check_patterns(['backbone.0', 'neck.deblocks.0'], 'hook.recipe')
+        recipe.check(layers_of(['backbone.0', 'neck.deblocks.0']))
     message = str(caught.value)
     assert message.startswith("hook.recipe.overrides[1].layers[1]: 'nekc.deblocks' matches none")
     assert 'neck.deblocks' in message.split('did you mean')[1]
 
 
 def test_patterns_for_a_layer_or_what_holds_it_pass():
-    recipe = Recipe.from_dict(dict(skip=['a', 'b.0'], overrides=[dict(layers='*c')]))
-    recipe.check_patterns(['a.0', 'b.0', 'b.c'])
+    recipe = Recipe.from_dict(dict(target='simulation', skip=['a', 'b.0'], overrides=[dict(layers='*c')]))
+    recipe.check(layers_of(['a.0', 'b.0', 'b.c']))
     with pytest.raises(Q3DError, match=r'skip\[1\]'):
-        recipe.check_patterns(['a.0', 'b.c'])
+        recipe.check(layers_of(['a.0', 'b.c']))
 
 
 def test_a_later_override_wins_and_changes_only_its_fields():
     recipe = Recipe.from_dict(
         dict(
+            target='simulation',
             weight=dict(calibrator='mse'),
             overrides=[
                 dict(layers='a', weight=dict(bits=4), activation=dict(bits=16, calibrator='max')),
@@ -238,6 +252,7 @@ def test_a_later_override_wins_and_changes_only_its_fields():
 def test_none_leaves_a_part_float_and_an_override_can_bring_it_back():
     recipe = Recipe.from_dict(
         dict(
+            target='simulation',
             weight=None,
             overrides=[
                 dict(layers='a', activation=None),
@@ -254,7 +269,9 @@ def test_none_leaves_a_part_float_and_an_override_can_bring_it_back():
 
 
 def test_skip_is_stronger_than_overrides_and_says_which_pattern_it_was():
-    recipe = Recipe.from_dict(dict(skip=['z', 'a'], overrides=[dict(layers='a', weight=dict(bits=4))]))
+    recipe = Recipe.from_dict(
+        dict(target='simulation', skip=['z', 'a'], overrides=[dict(layers='a', weight=dict(bits=4))])
+    )
     plan = recipe.plan('a.0')
     assert plan.weight is None and plan.activation is None
     assert "'a'" in plan.reason
@@ -299,9 +316,9 @@ RECIPES = st.fixed_dictionaries(
 @given(RECIPES)
 @settings(max_examples=150, deadline=None)
 def test_a_recipe_survives_the_trip_through_json(config):
-    recipe = Recipe.from_dict(config)
+    recipe = Recipe.from_dict({'target': 'simulation', **config})
     plain = json.loads(json.dumps(recipe.to_dict()))
-    again = Recipe.from_dict(plain)
+    again = Recipe.from_dict({'target': 'simulation', **plain})
     assert again == recipe
     assert plain == recipe.to_dict()
     assert differences(plain, again.to_dict()) == []
@@ -318,9 +335,9 @@ def _leaves(value, path):
 
 
 def test_each_changed_value_is_the_one_difference():
-    plain = Recipe.from_dict(dict(skip=['a'])).to_dict()
+    plain = Recipe.from_dict(dict(target='simulation', skip=['a'])).to_dict()
     leaves = list(_leaves(plain, ()))
-    assert len(leaves) == 15
+    assert len(leaves) == 16
     for path, value in leaves:
         other = copy.deepcopy(plain)
         holder = other
@@ -334,8 +351,8 @@ def test_a_part_on_one_side_only_is_a_difference():
     one, other = Recipe.from_dict(dict(weight=None)).to_dict(), Recipe().to_dict()
     found = differences(one, other)
     assert len(found) == 1 and found[0].startswith('recipe.weight: None and ')
-    assert differences({}, {'new': 1}, 'r') == ['r.new: None and 1']
-    assert differences({'gone': 1}, {}, 'r') == ['r.gone: 1 and None']
+    assert differences({}, {'new': 1}, Place('r')) == ['r.new: None and 1']
+    assert differences({'gone': 1}, {}, Place('r')) == ['r.gone: 1 and None']
 
 
 # SmoothQuant.
@@ -345,7 +362,7 @@ NAMES = ['net.a', 'net.b', 'head.a', 'head.add']
 
 def smooth_refused(given_recipe, names=NAMES, weighted=NAMES[:3]):
     with pytest.raises(Q3DError) as caught:
-        Recipe.from_dict(given_recipe).check_patterns(names, weighted=weighted)
+        Recipe.from_dict(given_recipe).check(layers_of(names, weighted))
     return str(caught.value)
 
 
@@ -358,7 +375,12 @@ def test_alpha_outside_of_0_to_1_is_refused(place, alpha):
         'overrides[0].alpha': dict(overrides=[dict(layers='a', alpha=alpha)]),
     }[place]
     if place.startswith('overrides') and alpha is None:
-        assert Recipe.from_dict(dict(smoothquant=given_recipe)).smoothquant.overrides[0].alpha is None
+        assert (
+            Recipe.from_dict(dict(target='simulation', smoothquant=given_recipe))
+            .smoothquant.overrides[0]
+            .alpha
+            is None
+        )
         return
     message = refused(dict(smoothquant=given_recipe))
     assert message.startswith(f'recipe.smoothquant.{place}: {alpha!r} was given; a number from 0 to 1')
@@ -366,7 +388,7 @@ def test_alpha_outside_of_0_to_1_is_refused(place, alpha):
 
 @pytest.mark.parametrize('alpha', [0, 1, 0.5, 'search'])
 def test_alpha_from_0_to_1_and_search_are_accepted(alpha):
-    recipe = Recipe.from_dict(dict(smoothquant=dict(alpha=alpha)))
+    recipe = Recipe.from_dict(dict(target='simulation', smoothquant=dict(alpha=alpha)))
     assert recipe.plan('net.a').smooth.alpha == alpha
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert json.loads(json.dumps(recipe.to_dict())) == recipe.to_dict()
@@ -410,8 +432,8 @@ def test_a_smoothquant_pattern_for_skipped_or_float_layers_only_is_refused():
     message = smooth_refused(dict(overrides=[off], smoothquant=dict(layers='net')))
     assert "'net.a' is left float by the recipe (and 1 more)" in message
     # Where some of the layers are quantized, the others are passed over.
-    recipe = Recipe.from_dict(dict(skip=['*.b'], smoothquant=dict(layers='net')))
-    recipe.check_patterns(NAMES, weighted=NAMES[:3])
+    recipe = Recipe.from_dict(dict(target='simulation', skip=['*.b'], smoothquant=dict(layers='net')))
+    recipe.check(layers_of(NAMES, NAMES[:3]))
     assert recipe.plan('net.b').smooth is None and recipe.plan('head.a').smooth is None
 
 
@@ -422,7 +444,7 @@ def test_each_layer_gets_its_alpha_and_the_last_override_wins():
         grid=[1, 0.5, 0.5],
         overrides=[dict(layers='head', alpha='search'), dict(layers='*.b', alpha=None)],
     )
-    recipe = Recipe.from_dict(dict(smoothquant=smoothquant))
+    recipe = Recipe.from_dict(dict(target='simulation', smoothquant=smoothquant))
     assert recipe.plan('net.a').smooth.alpha == 0.25 and recipe.plan('net.a').smooth.grid == ()
     assert recipe.plan('head.a').smooth.alpha == 'search' and recipe.plan('head.a').smooth.grid == (0.5, 1.0)
     assert recipe.plan('net.b').smooth is None and recipe.plan('other').smooth is None
@@ -433,4 +455,4 @@ def test_a_checkpoint_from_before_smoothquant_is_that_of_a_recipe_without():
     old = Recipe().to_dict()
     assert old.pop('smoothquant') is None
     assert differences(old, Recipe().to_dict()) == []
-    assert differences(old, Recipe.from_dict(dict(smoothquant={})).to_dict()) != []
+    assert differences(old, Recipe.from_dict(dict(target='simulation', smoothquant={})).to_dict()) != []

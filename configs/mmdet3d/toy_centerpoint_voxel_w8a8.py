@@ -11,5 +11,5 @@ model = dict(
     pts_neck=dict(type='QuantSECONDFPN'),
     pts_bbox_head=dict(type='QuantCenterHead'),
 )
-recipe = dict(mode='ptq', calibration=dict(split='train', frames=64))
+recipe = dict(mode='ptq', target='tensorrt', calibration=dict(split='train', frames=64))
 custom_hooks = [dict(type='QuantHook', recipe=recipe)]

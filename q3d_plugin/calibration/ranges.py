@@ -79,5 +79,5 @@ def _better(quantizer: Quantizer, found: Tensor, amax: Tensor, unsigned: bool) -
 def _is_unsigned(quantizer: Quantizer) -> bool:
     """What the recipe says, or what was seen: behind a ReLU no value of any frame is negative."""
     if quantizer.spec.unsigned == 'auto':
-        return quantizer.observer.minimum >= 0
+        return quantizer.observer.lowest >= 0
     return bool(quantizer.spec.unsigned)

@@ -1,8 +1,6 @@
 """What all quantized layers have in common: slots for quantizers, and a float class that they are made
 from."""
 
-import math
-import weakref
 from collections.abc import Callable
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
 
@@ -10,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from q3d_plugin import numerics
-from q3d_plugin.quantizer import Mode, Quantizer
-from q3d_plugin.recipe import LayerPlan, SmoothSpec
+from q3d_plugin.layers.smoothing import SmoothedInput
+from q3d_plugin.memo import TensorMemo
+from q3d_plugin.quantizer import Quantizer
+from q3d_plugin.recipe import LayerPlan
 
 __all__ = [
     'InputGroup',
@@ -37,35 +37,25 @@ class InputGroup:
     """Layers that read the same tensor hold the same group, and so share one input quantizer."""
 
     def __init__(self) -> None:
-        self._memo: Dict[Any, Tuple] = {}
+        self._memos: Dict[Any, TensorMemo] = {}
 
     def once(self, key: Any, x: Tensor, compute: Callable[[Tensor], Any]) -> Any:
         """``compute(x)``, computed by the first layer of the group that asks for it.
 
         Args:
-            key: What is computed; layers that compute something else have another one.
+            key: Says what is computed; layers that compute something else have another one.
             x: The input of the group.
-            compute: Called with ``x``.
+            compute: Called with ``x``; what it returns is not None.
         """
-        if x.is_inference():
-            return compute(x)
-        memo = self._memo.get(key)
-        stamp = x._version, torch.is_grad_enabled()
-        if memo is None or memo[0]() is not x or memo[1] != stamp:
-            self_ref = weakref.ref(self)
-
-            def forget(reference):
-                # Nothing lives longer than the input that it was computed from.
-                group = self_ref()
-                if group is not None and key in group._memo and group._memo[key][0] is reference:
-                    del group._memo[key]
-
-            memo = weakref.ref(x, forget), stamp, compute(x)
-            self._memo[key] = memo
-        return memo[2]
+        memo = self._memos.setdefault(key, TensorMemo())
+        value = memo.value_of(x)
+        if value is None:
+            value = compute(x)
+            memo.keep(x, value)
+        return value
 
     def __getstate__(self):
-        return {'_memo': {}}
+        return {'_memos': {}}
 
 
 class QuantUnit(nn.Module):
@@ -81,28 +71,43 @@ class QuantUnit(nn.Module):
     kind = ''
     """Word for the coverage table."""
 
+    family = 'elementwise'
+    """The kind of layer that engines tell it for; one of :data:`q3d_plugin.recipe.FAMILIES`."""
+
     def _init_unit(self) -> None:
         self.input_quantizer = None
         self.input_group: Optional[InputGroup] = None
         self.float_reason = ''
+        self.target = ''
+        # The quantizers that it was built with, in use or not: past nn.Module's own __setattr__, since a
+        # quantizer that is not in use must be in no state_dict.
+        self.__dict__['_built'] = {}
 
     def apply_plan(self, plan: LayerPlan, name: str, shared: Dict) -> None:
-        """Puts the quantizers of ``plan`` in place of the present ones.
+        """Has the unit quantize as ``plan`` says.
+
+        A quantizer exists once, from the time that the model is built: it is given another spec, not
+        replaced, so that optimizers and wrappers of the model go on holding the right one. Only where layers
+        that read the same tensor are to be quantized in different ways are quantizers added.
 
         Args:
-            plan: What the recipe says of this unit.
+            plan: The part of the recipe that concerns this unit.
             name: Dotted name of this unit in the model.
-            shared: The input quantizers made so far, by group and spec; added to.
+            shared: The input quantizers given out so far, by group and spec; added to.
         """
-        self.float_reason = plan.reason
+        self.float_reason, self.target = plan.reason, plan.target
         self.input_quantizer = None
         if plan.activation is not None:
             # Layers that are smoothed in another way read the tensor in another scale.
             group = id(self.input_group) if self.input_group is not None else name
             key = (group, plan.activation, plan.smooth)
             if key not in shared:
-                shared[key] = Quantizer(plan.activation, name=f'{name}.input_quantizer')
-            self.input_quantizer = shared[key].to(self._device())
+                built = self._built.get('input')
+                if built is None or any(built is other for other in shared.values()):
+                    built = Quantizer(plan.activation)
+                built.configure(plan.activation, f'{name}.input_quantizer')
+                shared[key] = built
+            self.input_quantizer = self._built['input'] = shared[key].to(self._device())
             self.input_quantizer.owners.append(name)
 
     def children(self) -> Iterator[nn.Module]:
@@ -137,7 +142,7 @@ class QuantUnit(nn.Module):
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
 
-class QuantWeightLayer(QuantUnit):
+class QuantWeightLayer(SmoothedInput, QuantUnit):
     """A layer with a weight. Subclasses say where the channels are and how the layer computes.
 
     What is written here is the layout of a linear layer: (out, in), channels last.
@@ -146,19 +151,9 @@ class QuantWeightLayer(QuantUnit):
     """
 
     weight_quantizer: Optional[Quantizer]
+    family = 'linear'
     weight_axis = 0
     """Axis of the weight's output channels, where the layout has one such axis."""
-    smooth_spec: Optional[SmoothSpec] = None
-    """How the recipe has the input smoothed; None where it has not."""
-    smooth_note: str = ''
-    """What became of it, for the coverage table."""
-    smooth_producers: Tuple[str, ...] = ()
-    """The layers that have the inverse scales in their weights."""
-    _smoothing = False
-
-    # Smoothing keeps three buffers, only where the recipe asks for it: smooth_alpha (NaN: not smoothed);
-    # smooth_scale (static), what the input is multiplied by; smooth_weight (dynamic), the largest magnitude
-    # of the weight per input channel.
 
     def _init_unit(self) -> None:
         super()._init_unit()
@@ -245,71 +240,17 @@ class QuantWeightLayer(QuantUnit):
     def _quantized_weight(self, weight: Tensor, amax: Optional[Tensor]) -> Tensor:
         return weight if self.weight_quantizer is None else self.weight_quantizer(weight, amax=amax)
 
-    def _once(self, what: str, x: Tensor, compute: Callable[[Tensor], Any]) -> Any:
-        group = self.input_group
-        return compute(x) if group is None else group.once((what, self.smooth_spec), x, compute)
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        if self.smooth_spec.mode == 'dynamic':
-            return self._once('dynamic', x, self._smoothed_dynamically)[0]
-        return self._once('static', x, lambda x: self._times(x, self.smooth_scale))
-
-    def _times(self, x: Tensor, factor: Tensor) -> Tensor:
-        shape = [1] * x.dim()
-        shape[self.channel_axis(x)] = -1
-        return x * factor.to(x.dtype).reshape(shape)
-
-    def _smoothed_dynamically(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """The input divided by scales of its own, and the scales."""
-        largest = numerics.channel_amax(x.detach(), self.channel_axis(x)).float()
-        scale = numerics.smoothing_scale(largest, self.smooth_weight, self.smooth_alpha)
-        return self._times(x, 1 / scale), scale
-
     def apply_plan(self, plan: LayerPlan, name: str, shared: Dict) -> None:
         super().apply_plan(plan, name, shared)
         self._plan_smoothing(plan.smooth)
         self.weight_quantizer = None
         if plan.weight is not None:
-            quantizer = Quantizer(
-                plan.weight, self.output_channels, self.weight_axis, f'{name}.weight_quantizer'
-            )
-            quantizer.owners.append(name)
-            self.weight_quantizer = quantizer.to(self.weight.device)
-
-    def _plan_smoothing(self, spec: Optional[SmoothSpec]) -> None:
-        """Gives the layer the buffers that ``spec`` needs; at first they change nothing."""
-        for name in ('smooth_alpha', 'smooth_scale', 'smooth_weight'):
-            self._buffers.pop(name, None)
-        self.smooth_spec, self.smooth_note, self.smooth_producers, self._smoothing = spec, '', (), False
-        if spec is not None:
-            device = self.weight.device
-            self.register_buffer('smooth_alpha', torch.full((), math.nan, device=device))
-            name = 'smooth_scale' if spec.mode == 'static' else 'smooth_weight'
-            self.register_buffer(name, torch.ones(self.input_channels, device=device))
-
-    @property
-    def smoothing(self) -> bool:
-        """Whether the input is multiplied before it is quantized, because no layer before does it."""
-        return self._smoothing
-
-    def refresh_smoothing(self) -> None:
-        """Looks whether the buffers ask for anything: scales of one cost nothing."""
-        spec = self.smooth_spec
-        if spec is None:
-            self._smoothing = False
-        elif spec.mode == 'static':
-            self._smoothing = bool((self.smooth_scale != 1).any())
-        else:
-            self._smoothing = not bool(self.smooth_alpha.isnan())
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *args) -> None:
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
-        if self.smooth_spec is not None:
-            # A float checkpoint has no scales, and that is no mistake.
-            for name in ('smooth_alpha', 'smooth_scale', 'smooth_weight'):
-                if prefix + name in missing_keys:
-                    missing_keys.remove(prefix + name)
-            self.refresh_smoothing()
+            built = self._built.get('weight')
+            if built is None:
+                built = Quantizer(plan.weight, self.output_channels, self.weight_axis)
+            built.configure(plan.weight, f'{name}.weight_quantizer')
+            built.owners.append(name)
+            self.weight_quantizer = self._built['weight'] = built.to(self.weight.device)
 
     def quantizers(self) -> List[Quantizer]:
         return super().quantizers() + ([] if self.weight_quantizer is None else [self.weight_quantizer])
@@ -320,10 +261,12 @@ class QuantWeightLayer(QuantUnit):
         if quantizer is not None:
             spec = quantizer.spec
             rows = self.output_first(self.weight.detach())
-            quantizer.set_range(numerics.weight_amax(rows, spec.bits, spec.calibrator, spec.percentile))
+            quantizer.set_range(
+                numerics.weight_amax(rows, quantizer.num_bits, spec.calibrator, spec.percentile)
+            )
 
     def _weight_range(self, weight: Tensor) -> Optional[Tensor]:
-        if self.weight_quantizer is None or self.weight_quantizer.mode is not Mode.SIGNED:
+        if self.weight_quantizer is None or not self.weight_quantizer.has_range:
             return None
         spec = self.weight_quantizer.spec
         rows = self.output_first(weight.detach())
@@ -362,7 +305,27 @@ def why_not(module: nn.Module) -> str:
     return _base_of(type(module))[1]
 
 
-_made: Dict[Tuple, Type] = {}
+_made: Dict[Tuple[Type, Type], Type] = {}
+
+
+def _class_for(quant: Type[nn.Module], cls: Type[nn.Module]) -> Type[nn.Module]:
+    """The quantized class of ``cls``, which derives from the float class that ``quant`` stands for."""
+    if (quant, cls) not in _made:
+        namespace = {'__module__': __name__, '__reduce_ex__': _reduce_made, '_made_of': (quant, cls)}
+        _made[quant, cls] = type(f'Quant{cls.__name__}', (quant, cls), namespace)
+    return _made[quant, cls]
+
+
+def _reduce_made(self, protocol):
+    """Has pickle make the class again, in another process too: no module has it under its name."""
+    _, _, *state = object.__reduce_ex__(self, max(protocol, 2))
+    return (_blank, self._made_of, *state)
+
+
+def _blank(quant: Type[nn.Module], cls: Type[nn.Module]) -> nn.Module:
+    """An instance of :func:`_class_for` whose state is to follow."""
+    made = _class_for(quant, cls)
+    return made.__new__(made)
 
 
 def converted(module: nn.Module) -> nn.Module:
@@ -384,11 +347,6 @@ def converted(module: nn.Module) -> nn.Module:
     if base is None:
         raise TypeError(reason)
     quant = REGISTRY[base]
-    if cls is not base:
-        key = (quant, cls)
-        if key not in _made:
-            _made[key] = type(f'Quant{cls.__name__}', (quant, cls), {'__module__': __name__})
-        quant = _made[key]
-    module.__class__ = quant
+    module.__class__ = quant if cls is base else _class_for(quant, cls)
     module._init_unit()
     return module

@@ -19,7 +19,9 @@ __all__ = [
 
 
 class _Convolution(QuantWeightLayer):
-    """What convolutions and transposed convolutions have in common."""
+    """The part that convolutions and transposed convolutions have in common."""
+
+    family = 'convolution'
 
     @property
     def input_channels(self) -> int:

@@ -18,10 +18,12 @@ class QuantAdd(QuantUnit):
     avoids a conversion of precision around the addition.
 
     Args:
-        before_relu: Whether a ReLU follows. Statistics are then those of the places where the sum is
-            positive. Elsewhere the result is 0, and stays 0 whatever the range: ``clip`` is odd and never
-            decreases, so ``a <= -b`` gives ``clip(a) <= -clip(b)``. (The branch of a residual block has large
-            negative values that the ReLU removes; a range that covers them wastes half of the integers.)
+        before_relu: Whether a ReLU follows. The range is then that of the places where the sum is positive.
+            Elsewhere the result is 0, and stays 0 whatever the range: ``clip`` is odd and never decreases, so
+            ``a <= -b`` gives ``clip(a) <= -clip(b)``. (The branch of a residual block has large negative
+            values that the ReLU removes; a range that covers them wastes half of the integers.) Only
+            signedness is decided by all places: without negative integers, ``a = -5`` would become 0, and its
+            sum with ``b = 3`` positive.
     """
 
     kind = 'Add'
@@ -38,6 +40,7 @@ class QuantAdd(QuantUnit):
             # All places that are not known to be at most 0, so that NaN is kept, and found.
             kept = (total <= 0).logical_not_().reshape(-1).nonzero().squeeze(1)
             for x in (a, b):
+                quantizer.observer.note_sign(x)
                 quantizer(x.expand_as(total).reshape(-1).index_select(0, kept))
             return total
         if quantizer is not None and quantizer.dynamic:

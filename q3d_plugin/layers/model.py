@@ -1,18 +1,34 @@
 """The quantized parts of a model: its units and its quantizers."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import List, Tuple
 
 from torch import nn
 
 from q3d_plugin.layers.base import REGISTRY, QuantUnit
 from q3d_plugin.quantizer import Mode, Quantizer
+from q3d_plugin.recipe import LayerFacts
 
-__all__ = ['is_calibrated', 'quantizable_types', 'quantizers', 'set_enabled', 'units']
+__all__ = [
+    'layer_facts',
+    'is_calibrated',
+    'quantizable_types',
+    'quantizers',
+    'set_enabled',
+    'switched',
+    'units',
+]
 
 
 def units(model: nn.Module) -> List[Tuple[str, QuantUnit]]:
     """Every layer, addition and concatenation of ``model`` that can be quantized, with its dotted name."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, QuantUnit)]
+
+
+def layer_facts(model: nn.Module) -> List[LayerFacts]:
+    """What a recipe has to know of every layer, addition and concatenation that can be quantized."""
+    return [LayerFacts(name, unit.family, hasattr(unit, 'weight')) for name, unit in units(model)]
 
 
 def quantizers(model: nn.Module) -> List[Quantizer]:
@@ -27,6 +43,19 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
             quantizer.enable()
         else:
             quantizer.disable()
+
+
+@contextlib.contextmanager
+def switched(some: Iterable[Quantizer], on: bool) -> Iterator[None]:
+    """All of these quantizers on, or off; afterwards each is as it was before."""
+    before = [(q, q.enabled) for q in some]
+    try:
+        for quantizer, _ in before:
+            quantizer.enable() if on else quantizer.disable()
+        yield
+    finally:
+        for quantizer, enabled in before:
+            quantizer.enable() if enabled else quantizer.disable()
 
 
 def is_calibrated(model: nn.Module) -> bool:

@@ -30,6 +30,8 @@ class QuantSparseConvolution(QuantWeightLayer):
     mode, and its CPU build refuses one.
     """
 
+    family = 'sparse'
+
     def output_first(self, weight: Tensor) -> Tensor:
         if has_quirky_1x1(self):
             return weight.reshape(self.in_channels, self.out_channels).t()

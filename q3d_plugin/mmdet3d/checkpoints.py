@@ -77,6 +77,6 @@ def check_checkpoint(
     state = checkpoint.get('state_dict', checkpoint)
     state = {k[7:] if k.startswith('module.') else k: v for k, v in state.items()}
     if checkpoints.is_quantized_checkpoint(state):
-        checkpoints.check_recipe_of(checkpoint.get('meta'), recipe, source)
+        checkpoints.check_recipe_of(checkpoint.get('meta'), state, model, recipe, source)
     checkpoints.check_state_dict(model, state, source)
     return state

@@ -19,6 +19,8 @@ class QuantMMCVSparseConvolution(QuantWeightLayer):
     there for as long as it runs.
     """
 
+    family = 'sparse'
+
     @property
     def weight_axis(self) -> int:
         """The last one."""

@@ -23,7 +23,7 @@ from q3d_plugin.coverage import coverage, coverage_table
 from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.openpcdet.checkpoints import pack_recipe, read_checkpoint, unpack_recipe
 from q3d_plugin.openpcdet.data import calibration_loader, frame_name, rank_and_world
-from q3d_plugin.openpcdet.recipe import PATH, check_model_cfg, upper_case_paths
+from q3d_plugin.openpcdet.recipe import PATH, check_model_cfg
 from q3d_plugin.progress import with_progress
 from q3d_plugin.run_record import write_run
 
@@ -57,8 +57,6 @@ class QuantDetectorMixin:
         self._q3d_ready = False
         self._q3d_saved = set()
         self._q3d_logger = getattr(dataset, 'logger', None) or logging.getLogger('q3d_plugin')
-        with upper_case_paths():
-            lifecycle.check_patterns(self, recipe, PATH)
         lifecycle.configure(self, recipe)
         self.register_buffer(RECIPE_KEY, pack_recipe(recipe))
 
@@ -159,8 +157,7 @@ class QuantDetectorMixin:
         state = dict(given)
         recipe = unpack_recipe(state.pop(RECIPE_KEY, None))
         if checkpoints.is_quantized_checkpoint(state):
-            with upper_case_paths():
-                checkpoints.check_recipe_of(recipe, self.quant_recipe, source, PATH)
+            checkpoints.check_recipe_of(recipe, state, self, self.quant_recipe, source)
         mine = self.state_dict()
         self._q3d_permute(state, mine)
         # The recipe of this run is the one that goes on; and early checkpoints do not count steps.
@@ -279,6 +276,7 @@ def _device_type(model: torch.nn.Module) -> str:
 @contextlib.contextmanager
 def _random_state_kept():
     """Gives back the state of all random numbers as it was."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -286,3 +284,5 @@ def _random_state_kept():
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

@@ -1,24 +1,13 @@
 """The recipe in OpenPCDet's YAML: the schema of :mod:`q3d_plugin.recipe`, in upper case, ``MODEL.QUANT``."""
 
-import contextlib
-import dataclasses
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Dict, Optional
 
 import yaml
 
 from q3d_plugin.errors import Q3DError, near_matches
-from q3d_plugin.recipe import (
-    ActivationSpec,
-    CalibrationSpec,
-    Override,
-    Recipe,
-    SmoothOverride,
-    SmoothQuantSpec,
-    WeightSpec,
-)
+from q3d_plugin.recipe import Place, Recipe
 
 __all__ = [
     'PATH',
@@ -26,49 +15,10 @@ __all__ = [
     'check_model_cfg',
     'quant_names',
     'recipe_from',
-    'upper_case_paths',
 ]
 
 PATH = 'MODEL.QUANT'
 """Where the recipe stands in the YAML file."""
-
-_SECTIONS = {
-    'weight': WeightSpec,
-    'activation': ActivationSpec,
-    'calibration': CalibrationSpec,
-    'smoothquant': SmoothQuantSpec,
-}
-
-
-@contextlib.contextmanager
-def upper_case_paths():
-    """Errors of the core that are raised inside name keys as the user wrote them: ``MODEL.QUANT.WEIGHT``."""
-    try:
-        yield
-    except Q3DError as error:
-        place = re.escape(PATH) + r'(\.\w+|\[\d+\])*'
-        raise Q3DError(re.sub(place, lambda m: m.group().upper(), str(error))) from error
-
-
-def _lowered(value: Any, path: str, spec: type) -> Dict[str, Any]:
-    known = [f.name.upper() for f in dataclasses.fields(spec)]
-    if not isinstance(value, Mapping):
-        raise Q3DError(
-            f'{path}: {value!r} was given; a dictionary with the keys {", ".join(known)} would work'
-        )
-    for key in value:
-        if key not in known:
-            raise Q3DError(f'{path}.{key}: unknown key{near_matches(str(key).upper(), known)}')
-    return {key.lower(): _plain(item) for key, item in value.items()}
-
-
-def _plain(value: Any) -> Any:
-    """``value`` with EasyDict's types replaced by Python's own."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
 
 
 def recipe_from(given: Optional[Mapping]) -> Recipe:
@@ -84,29 +34,14 @@ def recipe_from(given: Optional[Mapping]) -> Recipe:
         >>> recipe_from({'MODE': 'qat', 'WEIGHT': {'BITS': 4}}).weight.bits
         4
     """
-    recipe = _lowered({} if given is None else given, PATH, Recipe)
-    for key, spec in _SECTIONS.items():
-        if key in recipe and (recipe[key] is not None or key == 'calibration'):
-            recipe[key] = _lowered(recipe[key], f'{PATH}.{key.upper()}', spec)
-    overrides = recipe.get('overrides')
-    if isinstance(overrides, Sequence) and not isinstance(overrides, str):
-        recipe['overrides'] = []
-        for i, item in enumerate(overrides):
-            path = f'{PATH}.OVERRIDES[{i}]'
-            item = _lowered(item, path, Override)
-            for key in ('weight', 'activation'):
-                if item.get(key) is not None:
-                    item[key] = _lowered(item[key], f'{path}.{key.upper()}', _SECTIONS[key])
-            recipe['overrides'].append(item)
-    smooth = recipe.get('smoothquant')
-    overrides = None if smooth is None else smooth.get('overrides')
-    if isinstance(overrides, Sequence) and not isinstance(overrides, str):
-        smooth['overrides'] = [
-            _lowered(item, f'{PATH}.SMOOTHQUANT.OVERRIDES[{i}]', SmoothOverride)
-            for i, item in enumerate(overrides)
-        ]
-    with upper_case_paths():
-        return Recipe.from_dict(recipe, PATH)
+    # OpenPCDet's configs are made of EasyDict, which no weights_only load takes.
+    return Recipe.from_dict(_without_easydict(given), Place(PATH, upper=True))
+
+
+def _without_easydict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_easydict(v) for k, v in value.items()}
+    return [_without_easydict(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def quant_names(model_cfg: Mapping) -> Dict[str, str]:

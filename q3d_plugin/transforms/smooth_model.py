@@ -1,9 +1,8 @@
 """SmoothQuant of a whole model: the pass that takes its statistics, and what is done with them."""
 
-import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Dict, Optional
 
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from q3d_plugin.calibration import InputStatistics, evaluating, feed, from_all_ranks
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers import QuantWeightLayer
-from q3d_plugin.layers.model import quantizers, units
+from q3d_plugin.layers.model import quantizers, switched, units
 from q3d_plugin.transforms import smooth
 from q3d_plugin.transforms.graph import ChannelGraph, tensors_in
 
@@ -21,18 +20,6 @@ READ_ONCE = (
     'calibration: {} was given, which can be read once; SmoothQuant reads the batches twice, so a list or a '
     'loader would work'
 )
-
-
-@contextlib.contextmanager
-def _quantizers_off(model: nn.Module) -> Iterator[None]:
-    on = [q for q in quantizers(model) if not q._disabled]
-    for quantizer in on:
-        quantizer.disable()
-    try:
-        yield
-    finally:
-        for quantizer in on:
-            quantizer.enable()
 
 
 def smooth_model(
@@ -69,7 +56,7 @@ def smooth_model(
             returned = list(tensors_in(forward(batch)))
         return probe.amax, returned
 
-    with _quantizers_off(model):
+    with switched(quantizers(model), False):
         with statistics.attached():
             seen = feed(model, batches, watched, statistics.infinite, names)
         if seen == 0:

@@ -47,7 +47,7 @@ def attention(**kwargs):
 
 def quantized(module, enabled=False):
     holder = quantize_(nn.Sequential(copy.deepcopy(module)))
-    lifecycle.configure(holder, Recipe.from_dict({}))
+    lifecycle.configure(holder, Recipe.from_dict({'target': 'simulation'}))
     lifecycle.set_enabled(holder, enabled)
     return holder
 
@@ -177,7 +177,11 @@ def test_life_of_the_projections(tmp_path):
     module = attention()
     holder = quantized(module, enabled=True)
     recipe = Recipe.from_dict(
-        {'skip': ['*.k_proj'], 'overrides': [{'layers': '*.v_proj', 'weight': {'bits': 4}}]}
+        {
+            'target': 'simulation',
+            'skip': ['*.k_proj'],
+            'overrides': [{'layers': '*.v_proj', 'weight': {'bits': 4}}],
+        }
     )
     lifecycle.configure(holder, recipe)
     batch = inputs(module)
@@ -226,7 +230,7 @@ def test_a_layer_whose_forward_is_passed_by_is_not_called_quantized():
 
     for recipe in ({}, {'activation': None}):
         model = quantize_(Bypass())
-        lifecycle.configure(model, Recipe.from_dict(recipe))
+        lifecycle.configure(model, Recipe.from_dict({'target': 'simulation', **recipe}))
         lifecycle.calibrate(model, [torch.randn(3, 4)], model)
         rows = {r.name: r for r in coverage(model)}
         assert rows['used'].quantized and not rows['passed'].quantized
@@ -253,7 +257,7 @@ def test_projections_are_smoothed_without_changing_the_attention(mode):
         expected = model(x)
         quantize_(model)
         recipe = {'smoothquant': {'alpha': 0.5, 'mode': mode}}
-        lifecycle.configure(model, Recipe.from_dict(recipe))
+        lifecycle.configure(model, Recipe.from_dict({'target': 'simulation', **recipe}))
         lifecycle.calibrate(model, [x], model)
         lifecycle.set_enabled(model, False)
         assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)

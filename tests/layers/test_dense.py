@@ -78,7 +78,7 @@ def quantized_weight(layer, high):
 
 def prepare(quant, recipe=None, amax=1.1, unsigned=False):
     """Gives a converted layer its quantizers and ranges."""
-    plan = Recipe.from_dict(recipe).plan('layer')
+    plan = Recipe.from_dict({'target': 'simulation', **(recipe or {})}).plan('layer')
     quant.apply_plan(plan, 'layer', {})
     if quant.input_quantizer is not None:
         quant.input_quantizer.set_range(torch.tensor(amax), unsigned)

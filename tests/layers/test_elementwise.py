@@ -10,7 +10,7 @@ from q3d_plugin.recipe import Recipe
 
 
 def prepared(unit, amax=None, **recipe):
-    unit.apply_plan(Recipe.from_dict(recipe).plan('unit'), 'unit', {})
+    unit.apply_plan(Recipe.from_dict({'target': 'simulation', **(recipe or {})}).plan('unit'), 'unit', {})
     if amax is not None:
         unit.input_quantizer.set_range(torch.tensor(amax))
     return unit
@@ -135,3 +135,21 @@ def test_a_dynamic_range_is_one_for_all_inputs(unit, grad):
             qa, qb = by_hand(a, float(amax), 127), by_hand(b, float(amax), 127)
             got = unit(a, b) if isinstance(unit, QuantAdd) else unit([a, b])
             assert torch.allclose(got, qa + qb if isinstance(unit, QuantAdd) else torch.cat([qa, qb], 1))
+
+
+@pytest.mark.parametrize('target', ['tensorrt', 'openvino'])
+def test_an_addition_before_a_relu_keeps_negative_inputs_negative(target):
+    # The one place that the ReLU removes decides the sign: unsigned, -5 would become 0 and the sum 3.
+    add = QuantAdd(before_relu=True)
+    add.apply_plan(Recipe.from_dict(dict(target=target)).plan('unit'), 'unit', {})
+    a, b = torch.tensor([-5.0, 2.0]), torch.tensor([3.0, 1.0])
+    add.input_quantizer.observe()
+    add(a, b)
+    compute_ranges([add.input_quantizer])
+    assert not add.input_quantizer.unsigned
+    assert torch.allclose(add(a, b).relu(), (a + b).relu(), atol=0.05)
+    # Where neither has negative values, it may be unsigned.
+    add.input_quantizer.observe()
+    add(a.abs(), b)
+    compute_ranges([add.input_quantizer])
+    assert add.input_quantizer.unsigned is (target == 'openvino')

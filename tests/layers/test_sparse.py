@@ -102,7 +102,7 @@ def case(request):
 
 
 def prepare(quant, recipe=None, amax=1.1, unsigned=False):
-    quant.apply_plan(Recipe.from_dict(recipe).plan('layer'), 'layer', {})
+    quant.apply_plan(Recipe.from_dict({'target': 'simulation', **(recipe or {})}).plan('layer'), 'layer', {})
     if quant.input_quantizer is not None:
         quant.input_quantizer.set_range(torch.tensor(amax), unsigned)
     quant.calibrate_weight()

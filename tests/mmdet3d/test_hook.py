@@ -15,6 +15,7 @@ import torch
 from q3d_plugin import lifecycle
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers import converted
+from q3d_plugin.quantizer import Stage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = {'calibration': {'frames': 2}, 'activation': {'calibrator': 'max'}}
@@ -101,8 +102,7 @@ def test_more_frames_than_there_are_is_said_and_all_are_used(runner, float_check
         made.load_or_resume()
         made.call_hook('before_test')
     assert '500 were asked for' in messages(caplog) and 'has 3' in messages(caplog)
-    observed = {q.mode for q in lifecycle.quantizers(made.model)}
-    assert lifecycle.Mode.UNCALIBRATED not in observed
+    assert Stage.UNCALIBRATED not in {q.stage for q in lifecycle.quantizers(made.model)}
 
 
 @pytest.mark.parametrize(
@@ -164,9 +164,12 @@ def test_quantized_checkpoint_of_another_recipe(runner, float_checkpoint):
     made.call_hook('before_run')
     made.load_or_resume()
     made.call_hook('before_test')
-    other = {**RECIPE, 'weight': {'bits': 4}, 'skip': ['pts_neck']}
-    with pytest.raises(Q3DError, match=r'another recipe.*recipe.weight.bits: 8 and 4.*recipe.skip'):
+    other = {**RECIPE, 'weight': {'calibrator': 'mse'}, 'skip': ['pts_neck']}
+    words = r"another recipe.*recipe.weight.calibrator: 'max' and 'mse'.*recipe.skip"
+    with pytest.raises(Q3DError, match=words):
         runner(saved(made.work_dir), other).test()
+    with pytest.raises(Q3DError, match=r"another target: 'tensorrt', and recipe.target is 'openvino'"):
+        runner(saved(made.work_dir), {**RECIPE, 'target': 'openvino'}).test()
     # Fewer calibration frames are no other recipe: nothing is calibrated.
     runner(saved(made.work_dir), {**RECIPE, 'calibration': {'frames': 1}}).test()
 

@@ -61,7 +61,7 @@ def test_quantized_is_float_on_quantized_tensors(name, dense_operators):
         layer.weight *= torch.tensor([0.1, 1, 3, 0.5, 2])
     x, model = tensor(3), nn.Sequential(converted(copy.deepcopy(layer)))
     assert isinstance(model[0], QuantMMCVSparseConvolution)
-    apply_recipe(model, Recipe.from_dict({'activation': {'calibrator': 'max'}}))
+    apply_recipe(model, Recipe.from_dict({'target': 'simulation', 'activation': {'calibrator': 'max'}}))
     lifecycle.set_enabled(model, False)
     assert torch.equal(model(x).features, layer(x).features)
     lifecycle.set_enabled(model, True)
@@ -83,7 +83,7 @@ def test_quantized_is_float_on_quantized_tensors(name, dense_operators):
 def test_the_parameter_is_there_again_and_gets_its_gradient(dense_operators):
     layer = converted(CASES['subm']())
     model = nn.Sequential(layer)
-    apply_recipe(model, Recipe.from_dict({}))
+    apply_recipe(model, Recipe.from_dict({'target': 'simulation'}))
     lifecycle.calibrate(model, [tensor(3)], model)
     parameter = layer._parameters['weight']
     model(tensor(3)).features.square().sum().backward()

@@ -42,10 +42,12 @@ def test_outputs_are_those_of_the_head_and_can_be_had_again(bench):
 
 def test_a_recipe_after_others_gives_what_it_gives_alone(bench):
     frames = list(bench.frames('train', 2))
-    recipe = Recipe.from_dict({'calibration': {'frames': 2}})
+    recipe = Recipe.from_dict({'target': 'simulation', 'calibration': {'frames': 2}})
     bench.prepare(recipe, frames)
     alone = bench.forward(frames[0])
-    bench.prepare(Recipe.from_dict({'weight': {'bits': 3}, 'skip': ['pts_neck']}), frames)
+    bench.prepare(
+        Recipe.from_dict({'target': 'simulation', 'weight': {'bits': 3}, 'skip': ['pts_neck']}), frames
+    )
     other = bench.forward(frames[0])
     bench.prepare(recipe, frames)
     again = bench.forward(frames[0])
@@ -55,7 +57,7 @@ def test_a_recipe_after_others_gives_what_it_gives_alone(bench):
 
 def test_partial_passes_of_the_detector(bench):
     frames = list(bench.frames('train', 1))
-    bench.prepare(Recipe.from_dict({'calibration': {'frames': 1}}), frames)
+    bench.prepare(Recipe.from_dict({'target': 'simulation', 'calibration': {'frames': 1}}), frames)
     switch, replay = sensitivity.Switch(bench.model), Replay(bench.model, bench.forward)
     names = ['pts_middle_encoder.conv_out.0', 'pts_backbone.blocks.1.3', 'pts_bbox_head.task_heads.5.vel.1']
     with switch.restored(), torch.no_grad():
@@ -79,7 +81,7 @@ def test_partial_passes_of_the_detector(bench):
 
 @pytest.mark.filterwarnings('ignore')
 def test_the_metric_is_the_frameworks(bench, runner, float_checkpoint, tmp_path):
-    bench.prepare(Recipe.from_dict({'mode': 'float'}))
+    bench.prepare(Recipe.from_dict({'target': 'simulation', 'mode': 'float'}))
     mine = bench.evaluate(tmp_path / 'kept')
     theirs = runner(float_checkpoint, recipe=dict(mode='float')).test()
     key = 'NuScenes metric/pred_instances_3d_NuScenes/mAP'

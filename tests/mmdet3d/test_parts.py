@@ -143,7 +143,7 @@ def test_a_detector_quantizes_only_the_children_that_have_no_type_of_their_own()
 
 def test_toy_off_is_float(build_model, points, raw_outputs):
     reference, model = (build_model(c) for c in TOY)
-    lifecycle.configure(model, Recipe.from_dict({'mode': 'float'}))
+    lifecycle.configure(model, Recipe.from_dict({'target': 'simulation', 'mode': 'float'}))
     load(model, reference)
     expected, got = raw_outputs(reference, points), raw_outputs(model, points)
     assert expected.keys() == got.keys() and len(got) == 36
@@ -157,7 +157,7 @@ def test_full_size_off_is_float_on_the_real_frame(build_model, raw_outputs):
     reference = build_model(FULL_BASE, **FLOAT_TYPES)
     assert not lifecycle.units(reference)
     model = build_model(FULL_BASE)
-    lifecycle.configure(model, Recipe.from_dict({'mode': 'float'}))
+    lifecycle.configure(model, Recipe.from_dict({'target': 'simulation', 'mode': 'float'}))
     load(model, reference)
     expected, got = raw_outputs(reference, points), raw_outputs(model, points)
     for name in expected:
@@ -166,7 +166,9 @@ def test_full_size_off_is_float_on_the_real_frame(build_model, raw_outputs):
 
 def smoothed(raw_outputs, reference, model, points, alpha, mode):
     """Smooths ``model`` and switches it off: relative error of its outputs against the float model's."""
-    lifecycle.configure(model, Recipe.from_dict(dict(smoothquant=dict(alpha=alpha, mode=mode))))
+    lifecycle.configure(
+        model, Recipe.from_dict(dict(target='simulation', smoothquant=dict(alpha=alpha, mode=mode)))
+    )
     load(model, reference)
     lifecycle.calibrate(model, [points], lambda frame: raw_outputs(model, frame))
     lifecycle.set_enabled(model, False)
@@ -198,7 +200,7 @@ def test_full_size_off_is_float_after_smoothing(build_model, raw_outputs, alpha,
 
 def test_int8_differs_from_float_but_not_much(build_model, points, raw_outputs):
     reference, model = (build_model(c) for c in TOY)
-    lifecycle.configure(model, Recipe.from_dict({}))
+    lifecycle.configure(model, Recipe.from_dict({'target': 'simulation'}))
     load(model, reference)
     lifecycle.calibrate(model, [points], lambda frame: raw_outputs(model, frame))
     expected, got = raw_outputs(reference, points), raw_outputs(model, points)
@@ -208,7 +210,7 @@ def test_int8_differs_from_float_but_not_much(build_model, points, raw_outputs):
 
 def test_every_convolution_of_the_toy_is_quantized(build_model, points, raw_outputs):
     model = build_model(TOY[1])
-    lifecycle.configure(model, Recipe.from_dict({}))
+    lifecycle.configure(model, Recipe.from_dict({'target': 'simulation'}))
     lifecycle.calibrate(model, [points], lambda frame: raw_outputs(model, frame))
     rows = coverage(model)
     assert [r.name for r in rows if not r.quantized] == []
@@ -229,7 +231,7 @@ def test_every_convolution_of_the_toy_is_quantized(build_model, points, raw_outp
 
 def test_first_layers_of_all_branches_share_one_quantizer(build_model):
     model = build_model(TOY[1])
-    lifecycle.configure(model, Recipe.from_dict({}))
+    lifecycle.configure(model, Recipe.from_dict({'target': 'simulation'}))
     heads = model.pts_bbox_head.task_heads
     first = {getattr(h, b)[0].conv.input_quantizer for h in heads for b in h.heads}
     assert len(first) == 1 and len(first.pop().owners) == 36
@@ -237,7 +239,7 @@ def test_first_layers_of_all_branches_share_one_quantizer(build_model):
 
 def test_gradients_reach_every_float_weight(build_model, points):
     model = build_model(TOY[1])
-    lifecycle.configure(model, Recipe.from_dict({'mode': 'qat'}))
+    lifecycle.configure(model, Recipe.from_dict({'target': 'simulation', 'mode': 'qat'}))
 
     def forward(frame):
         inputs = model.data_preprocessor({'inputs': {'points': [frame]}, 'data_samples': []}, True)['inputs']
@@ -259,7 +261,7 @@ def test_a_model_without_a_recipe_does_not_run(build_model, points, raw_outputs)
 
 
 def test_a_quantized_checkpoint_needs_no_hook(build_model, points, raw_outputs, tmp_path):
-    recipe = Recipe.from_dict({'skip': ['pts_bbox_head.task_heads.0.heatmap.1']})
+    recipe = Recipe.from_dict({'target': 'simulation', 'skip': ['pts_bbox_head.task_heads.0.heatmap.1']})
     model = build_model(TOY[1])
     lifecycle.configure(model, recipe)
     lifecycle.calibrate(model, [points], lambda frame: raw_outputs(model, frame))
@@ -294,7 +296,7 @@ def test_other_detectors_off_is_float(config, parts, randomized, wheel_config, p
     cfg, found = quantized_names(wheel_config(config))
     assert found == parts
     model = MODELS.build(cfg)
-    lifecycle.configure(model, Recipe.from_dict({'mode': 'float'}))
+    lifecycle.configure(model, Recipe.from_dict({'target': 'simulation', 'mode': 'float'}))
     load(model, reference)
     assert all(r.quantized or r.note == 'switched off' for r in coverage(model))
     # KITTI looks ahead only, and has no time channel.

@@ -125,7 +125,7 @@ def frames(count=2):
 
 def calibrated(model):
     """``model`` with the ranges of :func:`frames`."""
-    lifecycle.configure(model, Recipe.from_dict(RECIPE))
+    lifecycle.configure(model, Recipe.from_dict({'target': 'simulation', **RECIPE}))
     with torch.no_grad():
         lifecycle.calibrate(model.eval(), list(frames()), lambda f: model(*f, 1))
     return model

@@ -68,7 +68,7 @@ def test_a_smoothed_detector_is_float_when_it_is_off_and_the_same_when_loaded(
 ):
     reference = make()
     reference.load_params_from_file(str(float_file), run_logger)
-    recipe = {**RECIPE, 'SMOOTHQUANT': {'ALPHA': alpha, 'MODE': mode}}
+    recipe = {**RECIPE, 'TARGET': 'simulation', 'SMOOTHQUANT': {'ALPHA': alpha, 'MODE': mode}}
     model = make(recipe)
     model.load_params_from_file(str(float_file), run_logger)
     first = outputs(model)
@@ -102,8 +102,12 @@ def test_the_recipe_may_differ_in_mode_and_calibration_only(make, outputs, quant
     other = make({**QAT, 'CALIBRATION': {'FRAMES': 1, 'SPLIT': 'val'}})
     other.load_params_from_file(str(path), run_logger)
     assert same(outputs(other), expected)
-    other = make({**RECIPE, 'WEIGHT': {'BITS': 4}, 'SKIP': ['backbone_3d']})
-    with pytest.raises(Q3DError, match=r'another recipe.*MODEL\.QUANT\.WEIGHT\.BITS: 8 and 4.*QUANT\.SKIP'):
+    other = make({**RECIPE, 'WEIGHT': {'CALIBRATOR': 'mse'}, 'SKIP': ['backbone_3d']})
+    words = r"another recipe.*MODEL\.QUANT\.WEIGHT\.CALIBRATOR: 'max' and 'mse'.*QUANT\.SKIP"
+    with pytest.raises(Q3DError, match=words):
+        other.load_params_from_file(str(path), run_logger)
+    other = make({**RECIPE, 'TARGET': 'openvino'})
+    with pytest.raises(Q3DError, match=r"another target: 'tensorrt', and MODEL\.QUANT\.TARGET is 'openvino'"):
         other.load_params_from_file(str(path), run_logger)
 
 

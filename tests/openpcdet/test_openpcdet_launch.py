@@ -16,7 +16,12 @@ from q3d_plugin.errors import Q3DError
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-QUANT = {'MODE': 'ptq', 'WEIGHT': {'BITS': 8}, 'CALIBRATION': {'SPLIT': 'train', 'FRAMES': 2}}
+QUANT = {
+    'MODE': 'ptq',
+    'TARGET': 'tensorrt',
+    'WEIGHT': {'BITS': 8},
+    'CALIBRATION': {'SPLIT': 'train', 'FRAMES': 2},
+}
 SCRIPT = """
 import _init_path
 import argparse
@@ -124,7 +129,15 @@ def test_float_quantized_and_again(run, config, checkout, float_file, tmp_path):
     assert results(again) == first and not list(checkout.glob('output/c/*.pth'))
     few = run(
         *('--cfg_file', name, '--ckpt', 'float.pth', '--extra_tag', 'd'),
-        *('--set', 'MODEL.QUANT.WEIGHT.BITS', '3', 'MODEL.QUANT.CALIBRATION.FRAMES', '1'),
+        *(
+            '--set',
+            'MODEL.QUANT.TARGET',
+            'simulation',
+            'MODEL.QUANT.WEIGHT.BITS',
+            '3',
+            'MODEL.QUANT.CALIBRATION.FRAMES',
+            '1',
+        ),
     )
     assert results(few) != first
     assert 'calibrating on 1 frames' in (checkout / 'output' / 'd' / 'log_eval.txt').read_text()

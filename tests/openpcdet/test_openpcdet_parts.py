@@ -48,7 +48,7 @@ def test_off_is_float(make, outputs):
 
 
 def test_every_layer_is_quantized_and_what_reads_the_same_shares(make, outputs, float_file, run_logger):
-    model = make({})
+    model = make({'TARGET': 'openvino'})
     model.load_params_from_file(str(float_file), run_logger)
     outputs(model)
     rows = {r.name: r for r in coverage(model)}

@@ -14,6 +14,7 @@ QUANT = {**FLOAT, 'NAME': 'QuantCenterPoint', 'BACKBONE_2D': {'NAME': 'QuantBase
 def test_it_is_the_same_schema_in_upper_case():
     given = EasyDict(
         MODE='qat',
+        TARGET='simulation',
         WEIGHT=dict(BITS=4, CALIBRATOR='mse'),
         ACTIVATION=dict(BITS=8, UNSIGNED='auto', CALIBRATOR='percentile', PERCENTILE=99.9),
         SKIP=['*hm.1'],
@@ -25,6 +26,7 @@ def test_it_is_the_same_schema_in_upper_case():
     )
     expected = dict(
         mode='qat',
+        target='simulation',
         weight=dict(bits=4, calibrator='mse'),
         activation=dict(bits=8, unsigned='auto', calibrator='percentile', percentile=99.9),
         skip=['*hm.1'],
@@ -57,6 +59,11 @@ def test_it_is_the_same_schema_in_upper_case():
         (
             {'OVERRIDES': [{'LAYERS': 'a', 'WEIGHT': {'BITS': 99}}]},
             ['MODEL.QUANT.OVERRIDES[0].WEIGHT.BITS: 99'],
+        ),
+        ({'TARGET': 'tensorrrt'}, ["MODEL.QUANT.TARGET: 'tensorrrt' was given", "did you mean 'tensorrt'"]),
+        (
+            {'OVERRIDES': [{'LAYERS': 'a', 'ACTIVATION': {'UNSIGNED': True}}]},
+            ['MODEL.QUANT.OVERRIDES[0].ACTIVATION.UNSIGNED: True was given', "TARGET 'tensorrt' cannot run"],
         ),
         ({'OVERRIDES': {'LAYERS': 'a'}}, ['MODEL.QUANT.OVERRIDES: ', 'a list of dictionaries']),
         ({'OVERRIDES': ['a']}, ["MODEL.QUANT.OVERRIDES[0]: 'a' was given", 'LAYERS, WEIGHT, ACTIVATION']),

@@ -140,7 +140,7 @@ def made(name, smoothquant=None, **recipe):
             module.running_mean.normal_()
             module.running_var.uniform_(0.2, 3)
     model = quantize_(copy.deepcopy(source)).eval()
-    lifecycle.configure(model, Recipe.from_dict(dict(smoothquant=smoothquant, **recipe)))
+    lifecycle.configure(model, Recipe.from_dict(dict(target='simulation', smoothquant=smoothquant, **recipe)))
     return source, model, batches()
 
 
@@ -323,7 +323,7 @@ def test_outliers_of_the_input_cost_a_third_at_most(kind, alpha, mode):
     for smoothquant in (None, dict(alpha=alpha, mode=mode)):
         model = nn.Sequential(copy.deepcopy(layer))
         recipe = dict(smoothquant=smoothquant, activation=dict(calibrator='max'))
-        lifecycle.configure(model, Recipe.from_dict(recipe))
+        lifecycle.configure(model, Recipe.from_dict({'target': 'simulation', **recipe}))
         lifecycle.calibrate(model, [x], model)
         with torch.no_grad():
             got = layer.features(model(x))
@@ -353,7 +353,7 @@ def test_outliers_before_weights_of_any_kind_cost_a_third_at_most(kind, alpha):
     for smoothquant in (None, dict(alpha=alpha)):
         model = nn.Sequential(copy.deepcopy(layer))
         recipe = dict(smoothquant=smoothquant, activation=dict(calibrator='max'))
-        lifecycle.configure(model, Recipe.from_dict(recipe))
+        lifecycle.configure(model, Recipe.from_dict({'target': 'simulation', **recipe}))
         lifecycle.calibrate(model, [x], model)
         with torch.no_grad():
             got = layer.features(model(x))
@@ -420,7 +420,7 @@ def test_explicit_branches_that_read_one_tensor_multiply_it_once():
         together(x)
     assert len(counted) == 1
     # Nothing stays behind when the input is gone.
-    assert share._memo == {}
+    assert all(memo._reference is None for memo in share._memos.values())
     quantizer = model.branches[0].input_quantizer
     assert quantizer is model.branches[2].input_quantizer
 
@@ -467,7 +467,7 @@ class Hidden(nn.Module):
 def test_the_probe_finds_readers_that_cannot_be_watched():
     source = Hidden()
     model = quantize_(copy.deepcopy(source)).eval()
-    lifecycle.configure(model, Recipe.from_dict(dict(smoothquant=dict(alpha=0.5))))
+    lifecycle.configure(model, Recipe.from_dict(dict(target='simulation', smoothquant=dict(alpha=0.5))))
     batches = images()
     warnings = []
     # Not a real logger, whose level frameworks change for the whole process.
@@ -487,7 +487,7 @@ class HiddenOutput(Hidden):
 def test_the_probe_finds_outputs_that_cannot_be_watched():
     source = HiddenOutput()
     model = quantize_(copy.deepcopy(source)).eval()
-    lifecycle.configure(model, Recipe.from_dict(dict(smoothquant=dict(alpha=0.5))))
+    lifecycle.configure(model, Recipe.from_dict(dict(target='simulation', smoothquant=dict(alpha=0.5))))
     batches = images()
     lifecycle.calibrate(model, batches, model)
     assert relative(off(model, batches[0]), outputs(source, batches[0])) < 1e-4
@@ -557,7 +557,7 @@ def test_the_error_of_the_search_is_that_of_the_quantized_layer():
     layer = converted(nn.Conv2d(8, 6, 3, groups=2, bias=False))
     model = nn.Sequential(layer).eval()
     x = torch.randn(2, 8, 6, 6) * torch.linspace(0.1, 9, 8)[:, None, None]
-    lifecycle.configure(model, Recipe.from_dict(dict(activation=dict(calibrator='max'))))
+    lifecycle.configure(model, Recipe.from_dict(dict(target='simulation', activation=dict(calibrator='max'))))
     out = torch.zeros(2, 6, 4, 4)
     rows = layer.rows_of(x, out, torch.arange(32))
     largest = x.abs().amax((0, 2, 3))
@@ -578,7 +578,9 @@ def test_the_search_is_not_worse_than_any_fixed_alpha_on_its_sample(kind):
     layer, x = _outliers(kind)
     layer = converted(layer).eval()
     model = nn.Sequential(layer)
-    lifecycle.configure(model, Recipe.from_dict(dict(smoothquant=dict(alpha='search', grid=[0.5]))))
+    lifecycle.configure(
+        model, Recipe.from_dict(dict(target='simulation', smoothquant=dict(alpha='search', grid=[0.5])))
+    )
     lifecycle.set_enabled(model, False)
     statistics = InputStatistics({'0': layer}, ['0'])
     with torch.no_grad(), statistics.attached():
@@ -607,7 +609,7 @@ def test_the_search_may_find_that_smoothing_does_not_help():
     x[0] = 255
     model = nn.Sequential(layer)
     recipe = dict(smoothquant=dict(alpha='search'), activation=dict(calibrator='max'))
-    lifecycle.configure(model, Recipe.from_dict(recipe))
+    lifecycle.configure(model, Recipe.from_dict({'target': 'simulation', **recipe}))
     lifecycle.calibrate(model, [x], model)
     row = coverage(model)[0]
     assert row.note == 'SmoothQuant off: no alpha lowers the error'
@@ -677,7 +679,7 @@ def test_no_batches_are_refused():
 def test_layers_without_data_are_left_alone():
     source, model, batches = made('chain', dict(alpha=0.5))
     model.idle = quantize_(nn.Conv2d(3, 3, 1))
-    lifecycle.configure(model, Recipe.from_dict(dict(smoothquant=dict())))
+    lifecycle.configure(model, Recipe.from_dict(dict(target='simulation', smoothquant=dict())))
     before = model.idle.weight.clone()
     lifecycle.calibrate(model, batches, model)
     assert torch.equal(model.idle.weight, before) and not model.idle.smoothing
@@ -714,7 +716,7 @@ def test_a_checkpoint_gives_the_same_numbers_and_is_not_smoothed_again(name, mod
 def test_a_float_checkpoint_loads_into_a_smoothed_model_anew():
     source, model, batches = made('chain', dict(alpha=0.5))
     lifecycle.calibrate(model, batches, model)
-    lifecycle.configure(model, Recipe.from_dict(dict(smoothquant=dict(alpha=0.5))))
+    lifecycle.configure(model, Recipe.from_dict(dict(target='simulation', smoothquant=dict(alpha=0.5))))
     assert not any(u.smoothing for _, u in lifecycle.units(model))
     checkpoints.check_state_dict(model, source.state_dict())
     result = model.load_state_dict(source.state_dict(), strict=False)

@@ -18,7 +18,7 @@ def network(alpha):
     torch.manual_seed(5)
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1)]
     model = quantize_(nn.Sequential(*layers)).eval()
-    lifecycle.configure(model, Recipe.from_dict(dict(smoothquant=dict(alpha=alpha))))
+    lifecycle.configure(model, Recipe.from_dict(dict(target='simulation', smoothquant=dict(alpha=alpha))))
     return model
 
 

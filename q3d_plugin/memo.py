@@ -1,0 +1,75 @@
+"""Remembers what was computed from a tensor, for other layers that read the same tensor."""
+
+import weakref
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+__all__ = ['TensorMemo']
+
+# From torch 2.4 on; without it two regions of activation checkpointing cannot be told apart in advance.
+_top_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
+
+
+def _graph_context() -> Tuple:
+    """Stands for the part of the autograd graph that is being recorded.
+
+    Activation checkpointing records a region twice, the second time during the backward pass, and what is
+    saved for backward has to be the same both times. So nothing is handed from one region to another.
+    """
+    if not torch.is_grad_enabled():
+        return (False,)
+    hooks = None if _top_hooks is None else _top_hooks(True)
+    return True, torch._C._current_graph_task_id(), None if hooks is None else id(hooks[0])
+
+
+class TensorMemo:
+    """One value that was computed from one tensor, for as long as that tensor lives unchanged.
+
+    The tensor is held weakly, and the value is forgotten when it dies, so nothing lives longer than it would
+    without the memo. A value that was computed with gradients is not handed to a pass without, nor from one
+    region of activation checkpointing to another.
+
+    Examples:
+        >>> memo, x = TensorMemo(), torch.ones(2)
+        >>> memo.keep(x, 'computed')
+        >>> memo.value_of(x)
+        'computed'
+        >>> _ = x.add_(1)
+        >>> memo.value_of(x) is None
+        True
+    """
+
+    def __init__(self) -> None:
+        self._reference: Optional[weakref.ref] = None
+        self._stamp: Tuple = ()
+        self._value: Any = None
+
+    def value_of(self, x: Tensor) -> Any:
+        """The value that was computed from ``x``; None where there is none."""
+        if self._reference is None or self._reference() is not x:
+            return None
+        return self._value if self._stamp == (x._version, _graph_context()) else None
+
+    def keep(self, x: Tensor, value: Any) -> None:
+        """Remembers ``value``, which is not None, for ``x``, in place of what was remembered before."""
+        if x.is_inference():  # has no version
+            self.clear()
+            return
+        own = weakref.ref(self)
+
+        def forget(reference):
+            memo = own()
+            if memo is not None and memo._reference is reference:
+                memo.clear()
+
+        self._reference, self._value = weakref.ref(x, forget), value
+        self._stamp = x._version, _graph_context()
+
+    def clear(self) -> None:
+        """Forgets."""
+        self._reference, self._stamp, self._value = None, (), None
+
+    def __getstate__(self):
+        return {'_reference': None, '_stamp': (), '_value': None}

@@ -1,0 +1,134 @@
+"""Whether a quantized checkpoint goes with a recipe, in every format that was ever written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from q3d_plugin import checkpoints, lifecycle
+from q3d_plugin.errors import Q3DError
+from q3d_plugin.recipe import Recipe
+from q3d_plugin.transforms.insert import quantize_
+
+DATA = Path(__file__).parent / 'data'
+ANY = dict(target='simulation')
+
+
+def configured(recipe):
+    """The model of the stored checkpoints."""
+    torch.manual_seed(3)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)
+    model = quantize_(nn.Sequential(*layers)).eval()
+    lifecycle.configure(model, recipe)
+    return model
+
+
+def check(made, mine, state=None, source='checkpoint'):
+    """Checks a checkpoint that was made with the first recipe against the second one."""
+    mine = Recipe.from_dict(mine)
+    meta = {checkpoints.META_KEY: checkpoints.stamp(Recipe.from_dict(made))}
+    checkpoints.check_recipe_of(meta, state or {}, configured(mine), mine, source)
+
+
+def test_another_recipe_is_refused_and_every_difference_listed():
+    given = dict(ANY, weight=dict(bits=4), skip=['3'], activation=dict(calibrator='max'))
+    with pytest.raises(Q3DError) as caught:
+        check(given, ANY, source="checkpoint 'q.pth'")
+    message = str(caught.value)
+    assert message.startswith("checkpoint 'q.pth': it was quantized with another recipe")
+    for difference in (
+        'recipe.weight.bits: 4 and 8',
+        "recipe.skip: ['3'] and []",
+        "recipe.activation.calibrator: 'max' and 'mse'",
+        "differ for '0'",
+    ):
+        assert difference in message
+    assert message.count(' and ') == 3 + 1  # 'checkpoint and config'
+
+
+def test_mode_and_calibration_may_differ():
+    given = dict(ANY, mode='qat', calibration=dict(frames=7, seed=3, split='val'), weight=dict(bits=4))
+    check(given, dict(ANY, weight=dict(bits=4)))
+    with pytest.raises(Q3DError, match='recipe.weight.bits: 4 and 8[.]'):
+        check(given, ANY)
+
+
+@pytest.mark.parametrize(
+    'made, mine',
+    [
+        (dict(skip=['0']), dict(skip='0')),
+        (dict(skip=['0', '3']), dict(skip=['3', '0'])),
+        (dict(skip=['0']), dict(overrides=[dict(layers='0', weight=None, activation=None)], skip=['0'])),
+        (dict(smoothquant=dict(alpha=0.5)), dict(smoothquant=dict(alpha=0.5, grid=[0.3]))),
+    ],
+)
+def test_other_words_that_mean_the_same_for_every_layer_pass(made, mine):
+    check(made, mine)
+
+
+def test_a_checkpoint_for_another_target_is_refused():
+    with pytest.raises(Q3DError) as caught:
+        check(dict(target='openvino'), {}, source="checkpoint 'q.pth'")
+    assert str(caught.value).startswith(
+        "checkpoint 'q.pth': it was made for another target: 'openvino', and recipe.target is 'tensorrt'; "
+        "'openvino' would work"
+    )
+
+
+@pytest.mark.parametrize('meta', [None, {}, {'epoch': 3}, {checkpoints.META_KEY: {}}])
+def test_ranges_without_a_recipe_are_refused(meta):
+    with pytest.raises(Q3DError, match='it has ranges but no recipe'):
+        checkpoints.check_recipe_of(meta, {}, configured(Recipe()), Recipe())
+
+
+def test_an_entry_that_this_version_does_not_know_is_refused():
+    stamped = checkpoints.stamp(Recipe())
+    stamped['recipe']['rounding'] = 'nearest'
+    with pytest.raises(Q3DError, match='its recipe cannot be read: recipe.rounding: unknown key'):
+        checkpoints.check_recipe_of({checkpoints.META_KEY: stamped}, {}, configured(Recipe()), Recipe())
+
+
+def test_a_newer_format_is_refused_with_the_version_to_install():
+    stamped = {**checkpoints.stamp(Recipe()), 'format': checkpoints.FORMAT + 1, 'version': '9.8.7'}
+    with pytest.raises(Q3DError, match=r'newer version of this plugin \(9\.8\.7'):
+        checkpoints.check_recipe_of({checkpoints.META_KEY: stamped}, {}, configured(Recipe()), Recipe())
+
+
+@pytest.mark.parametrize(
+    'name, recipe',
+    [
+        ('format1_unsigned', dict(target='openvino')),
+        ('format1_unsigned', dict(target='simulation')),
+        ('format1_signed', dict(activation=dict(unsigned=False))),
+        ('format1_signed', {}),
+        ('format2_tensorrt', {}),
+        ('format2_openvino', dict(target='openvino')),
+    ],
+)
+def test_stored_checkpoints_of_every_format_compute_what_they_did(name, recipe):
+    content = torch.load(DATA / f'{name}.pth', weights_only=True)
+    recipe = Recipe.from_dict(recipe)
+    model = configured(recipe)
+    state = content['state_dict']
+    checkpoints.check_recipe_of(content['meta'], state, model, recipe)
+    checkpoints.check_state_dict(model, state)
+    model.load_state_dict(state)
+    with torch.no_grad():
+        output = model(content['meta']['input'])
+    assert torch.allclose(output, content['meta']['output'], rtol=1e-5, atol=1e-6)
+
+
+def test_an_unsigned_checkpoint_from_before_targets_is_refused_for_a_signed_engine():
+    content = torch.load(DATA / 'format1_unsigned.pth', weights_only=True)
+    with pytest.raises(Q3DError) as caught:
+        checkpoints.check_recipe_of(
+            content['meta'], content['state_dict'], configured(Recipe()), Recipe(), "checkpoint 'old.pth'"
+        )
+    message = str(caught.value)
+    assert message.startswith("checkpoint 'old.pth': it was saved before recipes had a target, and 3.input")
+    assert "'openvino'" in message and 'calibrate the float checkpoint anew' in message
+
+
+def test_there_is_a_stored_checkpoint_of_the_format_that_is_written():
+    assert list(DATA.glob(f'format{checkpoints.FORMAT}_*.pth'))
