@@ -1,87 +1,98 @@
-"""The main job on the toy nuScenes: float and W8A8 CenterPoint-Voxel, by MMDetection3D's evaluation.
+"""Runs the main job on the toy nuScenes: a detector in float and in W8A8 for two engines, side by side.
 
-Called by demo.sh, which sets everything up. Ends with a table, ``summary.json`` and a picture of one frame.
+    q3d demo [--seed N] [--data DIR] [--out DIR]
+
+Generates the data, tests CenterPoint-Voxel by MMDetection3D's own script and evaluation, and ends with a
+table, summary.json and a picture of one frame.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Dict, List, Optional
 
-import matplotlib
 import numpy as np
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
+from q3d_plugin import files
+from q3d_plugin.errors import Q3DError
+from q3d_plugin.metrics import summarize
+from q3d_plugin.shipped import configs_folder
+from q3d_plugin.text import text_table
 
-TOOLS = Path(__file__).resolve().parent
-CONFIGS = {
-    'float': TOOLS.parent / 'configs/mmdet3d/toy_centerpoint_voxel.py',
-    'w8a8': TOOLS.parent / 'configs/mmdet3d/toy_centerpoint_voxel_w8a8.py',
-}
-CHECKPOINT = TOOLS.parent / 'configs/mmdet3d/toy_centerpoint_voxel.pth'
+__all__ = ['main']
+
+TARGETS = ('tensorrt', 'openvino')
+"""The engines whose arithmetic is simulated, as the recipe names them."""
+COLOURS = ('tab:green', 'tab:blue', 'tab:red', 'tab:purple')
 
 
-def run(command, log: Path) -> None:
-    """Runs a command with its output in ``log``; the end of the log is shown where it fails."""
+def run(arguments: Sequence[Any], log: Path) -> None:
+    """Runs a command of ``q3d`` in a process of its own.
+
+    Args:
+        arguments: Those of ``q3d``.
+        log: Where all of its output goes.
+
+    Raises:
+        Q3DError: It failed; the end of its output is on standard error then.
+    """
+    words = [str(a) for a in arguments]
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.time()
-    print(f'== {" ".join(str(c) for c in command[1:])}', flush=True)
+    print(f'== q3d {" ".join(words)}', flush=True)
     with log.open('w') as f:
-        code = subprocess.run([str(c) for c in command], stdout=f, stderr=subprocess.STDOUT).returncode
+        command = [sys.executable, '-m', 'q3d_plugin', *words]
+        code = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT).returncode
     if code:
-        tail = log.read_text(errors='replace').splitlines()[-25:]
-        print('\n'.join(tail), file=sys.stderr)
-        raise SystemExit(f'demo: that failed with exit status {code}; all of its output is in {log}')
+        print('\n'.join(log.read_text(errors='replace').splitlines()[-25:]), file=sys.stderr)
+        raise Q3DError(f'q3d {words[0]} failed with exit status {code}; all of its output is in {log}')
     print(f'   {time.time() - start:.0f} s, log in {log}', flush=True)
 
 
-def prepare(root: Path, seed: int) -> None:
-    """Generates the data set and its info files, unless they are there."""
-    logs = Path('work_dirs/demo/logs')
-    run([sys.executable, TOOLS / 'toy_nuscenes', '--out', root, '--seed', seed], logs / 'generate.log')
-    infos = [root / f'nuscenes_infos_{split}.pkl' for split in ('train', 'val')]
-    if not all(p.is_file() for p in infos):
-        run([sys.executable, TOOLS / 'make_infos.py', root], logs / 'infos.log')
+def arguments_of_test(name: str, checkpoint: Path, root: Path, out: Path) -> List[str]:
+    """The arguments of ``q3d`` that test one of the models.
 
-
-def evaluate(name: str, checkpoint: Path, root: Path, out: Path) -> Path:
-    """Tests one config with MMDetection3D's own script.
-
-    Returns:
-        Path: The folder of this run, with metrics, predictions and (quantized) coverage.
+    Args:
+        name: ``'float'``, or the target of the quantized model.
+        checkpoint: Of the float model.
+        root: The data set.
+        out: Folder of the results of all models.
     """
-    work_dir = out / name
-    command = [sys.executable, TOOLS / 'test.py', CONFIGS[name], checkpoint, '--work-dir', work_dir]
-    data = f'{root}/'
+    ending = '' if name == 'float' else '_w8a8'
+    config = configs_folder() / 'mmdet3d' / f'toy_centerpoint_voxel{ending}.py'
     options = {
-        'test_dataloader.dataset.data_root': data,
-        'train_dataloader.dataset.data_root': data,
-        'test_evaluator.data_root': data,
-        'test_evaluator.ann_file': f'{data}nuscenes_infos_val.pkl',
-        'test_evaluator.jsonfile_prefix': work_dir / 'predictions',
+        'test_dataloader.dataset.data_root': f'{root}/',
+        'train_dataloader.dataset.data_root': f'{root}/',
+        'test_evaluator.data_root': f'{root}/',
+        'test_evaluator.ann_file': f'{root}/nuscenes_infos_val.pkl',
+        'test_evaluator.jsonfile_prefix': out / name / 'predictions',
     }
-    run([*command, '--cfg-options', *(f'{k}={v}' for k, v in options.items())], out / 'logs' / f'{name}.log')
-    return max((d for d in work_dir.iterdir() if d.is_dir() and (d / f'{d.name}.json').is_file()), key=str)
+    if name != 'float':
+        options['custom_hooks.0.recipe.target'] = name
+    changes = [f'{key}={value}' for key, value in options.items()]
+    words = ['test', config, checkpoint, '--work-dir', out / name, '--cfg-options', *changes]
+    return [str(word) for word in words]
 
 
-def metrics_of(run_dir: Path) -> dict:
-    """mAP, NDS and the AP of each class, from the JSON that MMDetection3D wrote."""
-    found = json.loads((run_dir / f'{run_dir.name}.json').read_text())
-    short = {k.rsplit('/', 1)[-1]: v for k, v in found.items()}
-    classes = sorted({k.split('_AP_dist_')[0] for k in short if '_AP_dist_' in k})
-    per_class = {
-        c: float(np.mean([v for k, v in short.items() if k.startswith(f'{c}_AP_dist_')])) for c in classes
-    }
-    return {'mAP': short['mAP'], 'NDS': short['NDS'], 'AP': per_class}
+def last_run(work_dir: Path) -> Path:
+    """The newest folder of a run under a work dir that has metrics.
+
+    Raises:
+        Q3DError: There is none.
+    """
+    found = [d for d in work_dir.iterdir() if d.is_dir() and (d / f'{d.name}.json').is_file()]
+    if not found:
+        raise Q3DError(f'{work_dir} has no run with metrics')
+    return max(found, key=str)
 
 
-def layers_of(run_dir: Path) -> dict:
+def layers_of(run_dir: Path) -> Dict[str, Any]:
     """How many layers are quantized, from the coverage that QuantHook wrote."""
-    rows = json.loads((run_dir / 'coverage.json').read_text())
+    rows = files.read_json(run_dir / 'coverage.json', 'coverage')
     layers = [r for r in rows if r['kind'] not in ('Add', 'Concat')]
     others = [r for r in rows if r['kind'] in ('Add', 'Concat')]
     return {
@@ -92,22 +103,27 @@ def layers_of(run_dir: Path) -> dict:
     }
 
 
-def table(summary: dict) -> str:
-    """The result as text."""
-    rows = [('', 'mAP', 'NDS', 'quantized layers')]
-    for name in ('float', 'w8a8'):
-        row = summary[name]
-        count = f'{row["quantized_layers"]} of {row["layers"]}' if 'layers' in row else '0'
-        rows.append((name, f'{row["mAP"]:.4f}', f'{row["NDS"]:.4f}', count))
-    drop = {k: summary['w8a8'][k] - summary['float'][k] for k in ('mAP', 'NDS')}
-    rows.append(('difference', f'{drop["mAP"]:+.4f}', f'{drop["NDS"]:+.4f}', ''))
-    widths = [max(len(r[i]) for r in rows) for i in range(4)]
-    lines = ['  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
-    lines.insert(1, '  '.join('-' * w for w in widths))
-    return '\n'.join(lines)
+def result_of(name: str, run_dir: Path) -> Dict[str, Any]:
+    """Metrics and, of a quantized model, its layers."""
+    metrics = summarize(files.read_json(run_dir / f'{run_dir.name}.json', 'metrics'))
+    result = {**{k: metrics[k] for k in ('mAP', 'NDS', 'AP')}, 'run': str(run_dir)}
+    return result if name == 'float' else {**result, **layers_of(run_dir)}
 
 
-def _corners(box: dict) -> np.ndarray:
+def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """The results as text: a line for each model, with its difference from float."""
+    reference, rows = summary['float'], []
+    for name in ('float', *TARGETS):
+        row, line = summary[name], [name if name == 'float' else f'W8A8, {name}']
+        for key in ('mAP', 'NDS'):
+            difference = '' if row is reference else f'{row[key] - reference[key]:+.4f}'
+            line += [f'{row[key]:.4f}', difference]
+        rows.append([*line, f'{row["quantized_layers"]} of {row["layers"]}' if 'layers' in row else '0'])
+    header = ['', 'mAP', 'to float', 'NDS', 'to float', 'quantized layers']
+    return text_table(header, rows, right=[1, 2, 3, 4])
+
+
+def _corners(box: Mapping[str, Any]) -> np.ndarray:
     """Corners of a box of nuScenes (global frame) from above, front edge first: (5, 2), closed."""
     from pyquaternion import Quaternion
 
@@ -117,8 +133,10 @@ def _corners(box: dict) -> np.ndarray:
     return shape @ rotation.T + np.asarray(box['translation'][:2])
 
 
-def draw_frame(root: Path, predictions: dict, path: Path, score: float = 0.3) -> str:
-    """Draws the key frame with most ground truth from above, with the boxes of every model.
+def draw_frame(
+    root: Path, predictions: Mapping[str, Mapping[str, list]], path: Path, score: float = 0.3
+) -> str:
+    """Draws the key frame with most ground truth from above: the truth, and the boxes of every model.
 
     Args:
         root: The data set.
@@ -129,12 +147,15 @@ def draw_frame(root: Path, predictions: dict, path: Path, score: float = 0.3) ->
     Returns:
         str: Token of the frame.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     from nuscenes import NuScenes
     from nuscenes.utils.data_classes import LidarPointCloud
     from pyquaternion import Quaternion
 
     nusc = NuScenes('v1.0-mini', str(root), verbose=False)
-    token = max(predictions['float'], key=lambda t: len(nusc.get('sample', t)['anns']))
+    frames = next(iter(predictions.values()))
+    token = max(frames, key=lambda t: len(nusc.get('sample', t)['anns']))
     sample = nusc.get('sample', token)
     lidar = nusc.get('sample_data', sample['data']['LIDAR_TOP'])
     cloud = LidarPointCloud.from_file(str(root / lidar['filename']))
@@ -146,55 +167,56 @@ def draw_frame(root: Path, predictions: dict, path: Path, score: float = 0.3) ->
         cloud.translate(np.asarray(record['translation']))
     centre = np.asarray(record['translation'][:2])
 
-    figure, axes = plt.subplots(1, 3, figsize=(21, 7.6), sharex=True, sharey=True)
     truth = [a for a in (nusc.get('sample_annotation', t) for t in sample['anns']) if a['num_lidar_pts'] > 0]
-    panels = [('ground truth', truth, 'tab:green')] + [
-        (f'{name}, score > {score}', [b for b in boxes[token] if b['detection_score'] > score], colour)
-        for (name, boxes), colour in zip(predictions.items(), ('tab:blue', 'tab:red'))
-    ]
-    for axis, (title, boxes, colour) in zip(axes, panels):
-        points = cloud.points[:2].T - centre
+    panels = {'ground truth': truth}
+    for name, boxes in predictions.items():
+        title = name if name == 'float' else f'W8A8, {name}'
+        panels[f'{title}, score > {score}'] = [b for b in boxes[token] if b['detection_score'] > score]
+    figure = Figure(figsize=(14, 14.4), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2, sharex=True, sharey=True).flat
+    points = cloud.points[:2].T - centre
+    for axis, (title, boxes), colour in zip(axes, panels.items(), COLOURS):
         axis.scatter(*points.T, s=0.3, c='0.6', linewidths=0)
         for box in boxes:
             corners = _corners(box) - centre
             axis.plot(*corners.T, c=colour, lw=1.1)
+            # From the middle of the box to that of its front edge.
             axis.plot(*np.stack([corners[:2].mean(0), corners[:4].mean(0)]).T, c=colour, lw=1.1)
         axis.set(title=f'{title}: {len(boxes)} boxes', aspect='equal', xlim=(-52, 52), ylim=(-52, 52))
-        axis.set_xlabel('x in m, from the ego vehicle')
-    figure.tight_layout()
-    temporary = path.with_name(f'.{path.name}.tmp.png')
-    figure.savefig(temporary, dpi=80)
-    os.replace(temporary, path)
+        axis.set(xlabel='x in m, from the ego vehicle', ylabel='y in m')
+        axis.label_outer()
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=80)
     return token
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs the demo; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument('--data', type=Path, default=Path('data/toy_nuscenes'), help='default: %(default)s')
     parser.add_argument('--seed', type=int, default=0, help='seed of the generator (default: %(default)s)')
-    parser.add_argument('--checkpoint', type=Path, default=CHECKPOINT, help='float checkpoint')
+    parser.add_argument('--checkpoint', type=Path, help="float checkpoint (default: the plugin's own)")
     parser.add_argument('--out', type=Path, default=Path('work_dirs/demo'), help='default: %(default)s')
     args = parser.parse_args(argv)
-    start = time.time()
-    prepare(args.data, args.seed)
-    summary, predictions = {}, {}
-    for name in ('float', 'w8a8'):
-        run_dir = evaluate(name, args.checkpoint, args.data, args.out)
-        summary[name] = {**metrics_of(run_dir), 'run': str(run_dir)}
-        if name != 'float':
-            summary[name].update(layers_of(run_dir))
-        results = args.out / name / 'predictions' / 'pred_instances_3d' / 'results_nusc.json'
+    start, out = time.time(), args.out
+    files.check_writable(out)
+    checkpoint = args.checkpoint or configs_folder() / 'mmdet3d' / 'toy_centerpoint_voxel.pth'
+    made = ['toy-data', '--out', args.data, '--seed', args.seed, '--infos', 'mmdet3d']
+    run(made, out / 'logs' / 'toy-data.log')
+    summary: Dict[str, Any] = {}
+    predictions = {}
+    for name in ('float', *TARGETS):
+        run(arguments_of_test(name, checkpoint, args.data, out), out / 'logs' / f'{name}.log')
+        summary[name] = result_of(name, last_run(out / name))
+        results = out / name / 'predictions' / 'pred_instances_3d' / 'results_nusc.json'
         predictions[name] = json.loads(results.read_text())['results']
-    picture = args.out / 'frame.png'
+    picture = out / 'frame.png'
     summary['frame'] = draw_frame(args.data, predictions, picture)
     summary['seed'], summary['seconds'] = args.seed, round(time.time() - start, 1)
-    temporary = args.out / '.summary.json.tmp'
-    temporary.write_text(json.dumps(summary, indent=1) + '\n')
-    os.replace(temporary, args.out / 'summary.json')
+    files.write_json(out / 'summary.json', summary)
     print(f'\n{table(summary)}\n')
-    print(f'summary: {args.out / "summary.json"}   picture: {picture}   {summary["seconds"]:.0f} s in all')
+    print(f'summary: {out / "summary.json"}   picture: {picture}   {summary["seconds"]:.0f} s in all')
     return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -1,37 +1,30 @@
-"""A detector that computes the same in float, but has activation outliers: what SmoothQuant is for.
+"""Makes a detector that computes the same in float, but has activation outliers, to try SmoothQuant on.
 
-    python tools/spoil_checkpoint.py CONFIG CHECKPOINT OUT.pth --layers '*backbone*' --factor 50 --share 0.05
+    q3d spoil-checkpoint CONFIG CHECKPOINT OUT.pth --layers '*backbone*' --factor 50 --share 0.05
 
 Some channels between two layers are multiplied by a factor in the layer that writes them and divided by it in
 the layers that read them. An activation has one scale, so that its other channels lose their bits. CONFIG has
 Quant types, by which the layers are found; CHECKPOINT is float, and so is OUT.pth, with the same keys.
 """
 
-import os
-import sys
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-if __name__ == '__main__':
-    # Python puts this folder first on the path, where its scripts would shadow modules of the standard
-    # library (profile.py, for example).
-    sys.path[:] = [p for p in sys.path if os.path.abspath(p or '.') != HERE]
+import numpy as np
+import torch
 
-import argparse  # noqa: E402
-from collections.abc import Mapping, Sequence  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Dict, List, Tuple  # noqa: E402
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from q3d_plugin import checkpoints, lifecycle  # noqa: E402
-from q3d_plugin.analysis import command  # noqa: E402
-from q3d_plugin.analysis.command import open_bench  # noqa: E402
-from q3d_plugin.bench import Bench  # noqa: E402
-from q3d_plugin.errors import Q3DError  # noqa: E402
-from q3d_plugin.layers import QuantWeightLayer  # noqa: E402
-from q3d_plugin.recipe import matches  # noqa: E402
-from q3d_plugin.transforms.graph import ChannelGraph  # noqa: E402
+from q3d_plugin import checkpoints, lifecycle
+from q3d_plugin.analysis import command
+from q3d_plugin.analysis.command import open_bench
+from q3d_plugin.bench import Bench
+from q3d_plugin.errors import Q3DError
+from q3d_plugin.files import replacing
+from q3d_plugin.layers import QuantWeightLayer
+from q3d_plugin.recipe import matches
+from q3d_plugin.shipped import find_shipped
+from q3d_plugin.transforms.graph import ChannelGraph
 
 TOLERANCE = 1e-3
 
@@ -123,7 +116,8 @@ def difference(bench: Bench, state: Mapping, batch) -> float:
     return max(float((got[k] - v).abs().max() / v.abs().max().clamp_min(1e-12)) for k, v in expected.items())
 
 
-def main(argv=None) -> int:
+def main(argv: Optional[List[str]] = None) -> int:
+    """Writes the checkpoint; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -135,17 +129,12 @@ def main(argv=None) -> int:
     parser.add_argument('--share', type=float, default=0.05, help='of the channels (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--set', nargs='+', default=[], metavar='KEY=VALUE', help='changes of the config')
-    args = parser.parse_args(argv)
-    try:
-        print(run(args))
-    except Q3DError as error:
-        print(f'spoil_checkpoint: {error}', file=sys.stderr)
-        return 2
+    print(run(parser.parse_args(argv)))
     return 0
 
 
 def run(args: argparse.Namespace) -> str:
-    """Does it; returns what to say."""
+    """Writes the checkpoint; returns what to say about it."""
     if not args.factor > 0 or not 0 < args.share <= 1:
         raise Q3DError(
             f'--factor {args.factor:g} --share {args.share:g}: above 0, and a share up to 1, would work'
@@ -153,7 +142,7 @@ def run(args: argparse.Namespace) -> str:
     if not args.out.parent.is_dir():
         raise Q3DError(f'{args.out}: the folder {args.out.parent} does not exist')
     bench = open_bench(args.config, args.checkpoint, command.options_of(args))
-    content = torch.load(args.checkpoint, map_location='cpu', weights_only=True)
+    content = torch.load(find_shipped(args.checkpoint), map_location='cpu', weights_only=True)
     key = 'state_dict' if 'state_dict' in content else 'model_state'
     if checkpoints.is_quantized_checkpoint(content[key]):
         raise Q3DError(f'checkpoint {args.checkpoint!r} is quantized: a float one would work')
@@ -165,13 +154,8 @@ def run(args: argparse.Namespace) -> str:
     error = difference(bench, content[key], batch)
     if not error < TOLERANCE:
         raise Q3DError(f'the float outputs changed by {error:.2g}: this model cannot be rescaled in this way')
-    temporary = args.out.with_name(f'.{args.out.name}.tmp')
-    torch.save({k: content[k] for k in ('meta', key) if k in content}, temporary)
-    os.replace(temporary, args.out)
+    with replacing(args.out) as temporary:
+        torch.save({k: content[k] for k in ('meta', key) if k in content}, temporary)
     return '\n'.join(
         [*names, f'{len(names)} layers have outliers; float outputs differ by {error:.2g}: {args.out}']
     )
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -1,22 +1,22 @@
 """Keeps of a training checkpoint what testing needs: the weights and, for MMDetection3D, the classes.
 
-python tools/strip_checkpoint.py work_dirs/toy_centerpoint_voxel/epoch_14.pth OUT.pth
-python tools/strip_checkpoint.py checkpoint_epoch_8.pth OUT.pth --half --compress
+    q3d strip-checkpoint work_dirs/toy_centerpoint_voxel/epoch_14.pth OUT.pth
+    q3d strip-checkpoint checkpoint_epoch_8.pth OUT.pth --half --compress
 
 Checkpoints of MMDetection3D and of OpenPCDet.
 """
 
 import argparse
 import contextlib
-import os
-import sys
 import zipfile
 from pathlib import Path
+from typing import List, Optional
 
 import torch
 
 from q3d_plugin import checkpoints
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.files import replacing
 
 
 def stripped(given: dict, half: bool) -> dict:
@@ -50,7 +50,7 @@ def compress(source: Path, out: Path) -> None:
 
 
 def strip(checkpoint: Path, out: Path, half: bool, deflate: bool) -> None:
-    """Reads, strips and writes; ``out`` appears whole or not at all."""
+    """Reads, strips and writes."""
     checkpoints.check_checkpoint_file(str(checkpoint))
     if not out.parent.is_dir():
         raise Q3DError(f'{out}: the folder {out.parent} does not exist')
@@ -60,35 +60,24 @@ def strip(checkpoint: Path, out: Path, half: bool, deflate: bool) -> None:
 
     trust_openpcdet_checkpoints()
     content = stripped(torch.load(checkpoint, map_location='cpu', weights_only=True), half)
-    temporary, packed = (out.with_name(f'.{out.name}.{i}.tmp') for i in range(2))
-    try:
+    with replacing(out) as temporary:
         torch.save(content, temporary)
         if deflate:
-            compress(temporary, packed)
-        os.replace(packed if deflate else temporary, out)
-    finally:
-        for file in (temporary, packed):
-            file.unlink(missing_ok=True)
+            with replacing(temporary) as packed:
+                compress(temporary, packed)
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Optional[List[str]] = None) -> int:
+    """Writes the stripped checkpoint; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument('checkpoint', type=Path)
     parser.add_argument('out', type=Path)
     parser.add_argument('--half', action='store_true', help='weights as float16: half the size')
     parser.add_argument('--compress', action='store_true', help='deflate the file: about 7 %% smaller')
     args = parser.parse_args(argv)
     before = args.checkpoint.stat().st_size if args.checkpoint.is_file() else 0
-    try:
-        strip(args.checkpoint, args.out, args.half, args.compress)
-    except Q3DError as error:
-        print(f'strip_checkpoint: {error}', file=sys.stderr)
-        return 2
+    strip(args.checkpoint, args.out, args.half, args.compress)
     print(f'{args.out}: {args.out.stat().st_size / 1e6:.2f} MB of {before / 1e6:.2f} MB')
     return 0
-
-
-if __name__ == '__main__':
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [p for p in sys.path if os.path.abspath(p or '.') != here]
-    sys.exit(main())
