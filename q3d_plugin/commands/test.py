@@ -4,8 +4,9 @@
     q3d test --cfg_file CONFIG.yaml --ckpt CHECKPOINT.pth [arguments of OpenPCDet's tools/test.py]
 
 The plugin is registered first, and without CUDA the framework runs on the CPU. A recipe in the config
-quantizes the float CHECKPOINT. "q3d test CONFIG.py --help" shows the arguments of MMDetection3D's script, "q3d
-test --cfg_file CONFIG.yaml --help" those of OpenPCDet's. On several devices: torchrun -m q3d_plugin test ...
+quantizes the float CHECKPOINT. "q3d test CONFIG.py --help" shows the arguments of MMDetection3D's script,
+"q3d test --cfg_file CONFIG.yaml --help" those of OpenPCDet's. On several devices: torchrun -m q3d_plugin
+test ...
 """
 
 from typing import List, Optional

@@ -4,8 +4,8 @@
     q3d toy-data --out DIR --seed 1 --train-scenes 8 --val-scenes 2 --frames 32 --infos mmdet3d
 
 A set in the format of nuScenes v1.0-mini: a ray-cast LiDAR of 32 beams, six cameras, all tables. The data
-depends on the seed and not on --processes, and a scene does not change with the number of others. A set that is
-there already is used again; another toy set in its place is replaced.
+depends on the seed and not on --processes, and a scene does not change with the number of others. A set that
+is there already is used again; another toy set in its place is replaced.
 """
 
 import argparse
