@@ -18,6 +18,7 @@ EXTRAS = MappingProxyType(
         'onnx': 'export',
         'onnxruntime': 'export',
         'openvino': 'export',
+        'pkg_resources': 'mmdet3d',
         'pyquaternion': 'toy',
         'skimage': 'openpcdet',
         'spconv': 'cpu',

@@ -12,6 +12,7 @@ PROJECT = (Path(__file__).resolve().parents[1] / 'pyproject.toml').read_text()
 PACKAGES = {
     'cv2': 'opencv-python-headless',
     'nuscenes': 'nuscenes-devkit',
+    'pkg_resources': 'setuptools',
     'pyquaternion': 'nuscenes-devkit',
     'skimage': 'scikit-image',
     'yaml': 'pyyaml',

@@ -177,7 +177,7 @@ def draw_frame(
     axes = figure.subplots(2, 2, sharex=True, sharey=True).flat
     points = cloud.points[:2].T - centre
     for axis, (title, boxes), colour in zip(axes, panels.items(), COLOURS):
-        axis.scatter(*points.T, s=0.3, c='0.6', linewidths=0)
+        axis.scatter(*points.T, s=0.4, c='0.5', linewidths=0)
         for box in boxes:
             corners = _corners(box) - centre
             axis.plot(*corners.T, c=colour, lw=1.1)
