@@ -77,7 +77,7 @@ def find_script(name: str, root: str = None) -> Path:
         import mmdet3d
     except ImportError as error:
         raise Q3DError(
-            f'a .py config needs MMDetection3D, which does not import here: {error}{extras.hint(error)}'
+            f'this needs MMDetection3D, which does not import here: {error}{extras.hint(error)}'
         ) from error
     package = Path(mmdet3d.__file__).parent
     for script in (package / '.mim' / 'tools' / name, package.parent / 'tools' / name):
