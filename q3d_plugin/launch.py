@@ -7,12 +7,16 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from typing import List, Optional, Tuple
 
+from q3d_plugin import extras
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import check_writable
+from q3d_plugin.shipped import find_shipped
 
 __all__ = ['absolute_paths', 'find_config', 'find_script', 'main']
 
+_FILES = ('.py', '.yaml', '.yml', '.pth')
 _PATH_OPTIONS = ('--cfg_file', '--ckpt', '--pretrained_model', '--ckpt_dir')
 
 
@@ -46,7 +50,10 @@ def find_config(argv: list) -> Path:
         )
     path = Path(given)
     if not path.is_file():
-        raise Q3DError(f'config {given!r} is not a file (looked in {Path.cwd()})')
+        raise Q3DError(
+            f'config {given!r} is not a file (looked in {Path.cwd()}) and none that comes with the plugin '
+            '("q3d configs" lists those)'
+        )
     return path
 
 
@@ -69,7 +76,9 @@ def find_script(name: str, root: str = None) -> Path:
     try:
         import mmdet3d
     except ImportError as error:
-        raise Q3DError(f'a .py config needs MMDetection3D, which does not import here: {error}') from error
+        raise Q3DError(
+            f'this needs MMDetection3D, which does not import here: {error}{extras.hint(error)}'
+        ) from error
     package = Path(mmdet3d.__file__).parent
     for script in (package / '.mim' / 'tools' / name, package.parent / 'tools' / name):
         if script.is_file():
@@ -123,18 +132,30 @@ def absolute_paths(argv: list, tools: Path) -> list:
     return out
 
 
-def _prepare_mmdet3d(name: str, argv: list, config: Path) -> Path:
-    """Registers the MMDetection3D adapter; returns the script to run."""
+def _named_files(argv: list) -> list:
+    """The arguments with the names of shipped configs and checkpoints replaced by their paths."""
+
+    def found(value: str) -> str:
+        return find_shipped(value) if value.endswith(_FILES) else value
+
+    out = []
+    for arg in argv:
+        option, equals, value = arg.partition('=') if arg.startswith('--') else ('', '', arg)
+        out.append(f'{option}{equals}{found(value)}')
+    return out
+
+
+def _prepare_mmdet3d(name: str, argv: list, config: Path) -> Tuple[Path, list]:
+    """Registers the MMDetection3D adapter; returns the script to run and its arguments."""
     script = find_script(name)
     import q3d_plugin.mmdet3d  # noqa: F401
 
-    if config is not None:
-        check_writable(_work_dir(argv, config))
-    return script
+    check_writable(_work_dir(argv, config))
+    return script, argv
 
 
-def _prepare_openpcdet(name: str, argv: list, config: Path) -> Path:
-    """Registers the OpenPCDet adapter and goes to where its scripts run; returns the script to run."""
+def _prepare_openpcdet(name: str, argv: list, config: Path) -> Tuple[Path, list]:
+    """Registers the OpenPCDet adapter and goes to where its scripts run; returns the script and arguments."""
     from q3d_plugin import openpcdet
 
     if not any(a == '--cfg_file' or a.startswith('--cfg_file=') for a in argv):
@@ -145,36 +166,40 @@ def _prepare_openpcdet(name: str, argv: list, config: Path) -> Path:
         tools = Path(os.environ['OPENPCDET_ROOT']).expanduser().resolve() / 'tools'
     if not (tools / name).is_file():
         raise Q3DError(f'{tools} has no {name}: set OPENPCDET_ROOT to a source checkout of OpenPCDet')
-    sys.argv[1:] = absolute_paths(argv, tools)
+    argv = absolute_paths(argv, tools)
     # The paths in OpenPCDet's configs are relative to this folder, and its scripts import their neighbours.
     os.chdir(tools)
     sys.path.insert(0, str(tools))
     from q3d_plugin.openpcdet.recipe import check_config_file
 
-    check_config_file(find_config(sys.argv[1:]))
-    return tools / name
+    check_config_file(find_config(argv))
+    return tools / name, argv
 
 
-def main(name: str) -> None:
-    """Registers the plugin, then runs the framework's script ``name`` with the arguments in ``sys.argv``.
-
-    A mistake of the user ends the process with one line and exit status 2, before anything is loaded.
+def main(name: str, argv: Optional[List[str]] = None, usage: str = '') -> int:
+    """Registers the plugin, then runs the framework's script ``name``, in this process.
 
     Args:
         name: ``'test.py'`` or ``'train.py'``.
+        argv: The arguments of the script; those of the process where None.
+        usage: Printed where help is asked for without a config, which would tell whose script's help.
+
+    Returns:
+        int: 0 where the script came to its end; it may end the process with a status of its own.
+
+    Raises:
+        Q3DError: A mistake of the user; nothing is loaded before the config was found.
     """
-    argv = sys.argv[1:]
-    # Python puts the folder of this repository's script first on the path: its neighbours (profile.py and
-    # such) would shadow modules of the standard library inside the framework.
-    here = os.path.dirname(os.path.abspath(sys.argv[0]))
-    sys.path[:] = [p for p in sys.path if os.path.abspath(p or '.') != here]
-    helping = '-h' in argv or '--help' in argv
+    argv = _named_files(sys.argv[1:] if argv is None else argv)
     try:
-        config = None if helping else find_config(argv)
-        mmdet3d = config is None or config.suffix == '.py'
-        script = (_prepare_mmdet3d if mmdet3d else _prepare_openpcdet)(name, argv, config)
-        sys.argv[0] = str(script)
-        runpy.run_path(str(script), run_name='__main__')
-    except Q3DError as error:
-        sys.stderr.write(f'q3d_plugin: {error}\n')
-        raise SystemExit(2) from error
+        config = find_config(argv)
+    except Q3DError:
+        if '-h' not in argv and '--help' not in argv:
+            raise
+        sys.stdout.write(usage)
+        return 0
+    prepare = _prepare_mmdet3d if config.suffix == '.py' else _prepare_openpcdet
+    script, argv = prepare(name, argv, config)
+    sys.argv[:] = [str(script), *argv]
+    runpy.run_path(str(script), run_name='__main__')
+    return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from q3d_plugin import launch
+from q3d_plugin import commands, launch
 from q3d_plugin.errors import Q3DError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,12 +70,10 @@ def test_a_script_comes_from_the_checkout_that_is_named(here, monkeypatch):
 
 
 def run_main(monkeypatch, capsys, argv):
-    """Exit status and standard error of ``main('test.py')``; arguments and path are restored afterwards."""
-    monkeypatch.setattr(sys, 'argv', [str(ROOT / 'tools' / 'test.py'), *argv])
+    """Exit status and standard error of ``q3d test``; arguments and path are restored afterwards."""
+    monkeypatch.setattr(sys, 'argv', [str(ROOT / 'tools' / 'test.py')])
     monkeypatch.setattr(sys, 'path', list(sys.path))
-    with pytest.raises(SystemExit) as caught:
-        launch.main('test.py')
-    return caught.value.code, capsys.readouterr().err
+    return commands.main(['test', *argv]), capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -109,7 +107,7 @@ def test_the_script_runs_as_if_called_directly_with_the_plugin_registered(here):
     # profile.py stands beside the launching script, and must not hide the standard library's.
     (here / 'tools' / 'profile.py').write_text('raise SystemExit("the neighbour was imported")\n')
     starter = here / 'tools' / 'test.py'
-    starter.write_text("from q3d_plugin.launch import main\n\nmain('test.py')\n")
+    starter.write_text((ROOT / 'tools' / 'test.py').read_text())
     script.write_text(
         'import profile, sys\n'
         'from mmengine.registry import HOOKS\n'
@@ -152,7 +150,7 @@ def test_a_work_dir_that_cannot_be_made_stops_before_the_script(
     assert f'work_dir {expected!r} cannot be made: {here / first} is a file' in text
     (here / first).unlink()
     with pytest.raises(RuntimeError, match='the script ran'):
-        launch.main('test.py')
+        launch.main('test.py', argv)
 
 
 def test_paths_of_openpcdet_mean_the_same_files_elsewhere(here):
@@ -167,3 +165,24 @@ def test_paths_of_openpcdet_mean_the_same_files_elsewhere(here):
     # OpenPCDet names the output after the path of the config: its own stay as its documentation writes them.
     own = ['--cfg_file', 'OpenPCDet/tools/cfgs/x.yaml', '--pretrained_model']
     assert launch.absolute_paths(own, tools) == ['--cfg_file', 'cfgs/x.yaml', '--pretrained_model']
+
+
+def test_shipped_files_are_found_by_name_where_there_is_no_such_file_here(here):
+    given = [
+        'mmdet3d/toy_centerpoint_voxel.py',
+        '--ckpt=configs/openpcdet/toy_centerpoint_pillar.pth',
+        'config.py',
+    ]
+    found = launch._named_files([*given, 'missing.py', '--work-dir', 'mmdet3d', 'a=mmdet3d/x.py'])
+    assert Path(found[0]).is_file() and Path(found[0]).is_absolute()
+    assert found[1].startswith('--ckpt=/') and Path(found[1].partition('=')[2]).is_file()
+    assert found[2:] == ['config.py', 'missing.py', '--work-dir', 'mmdet3d', 'a=mmdet3d/x.py']
+    (here / 'mmdet3d').mkdir()
+    (here / given[0]).write_text('model = dict()')
+    assert launch._named_files(given)[0] == given[0]
+
+
+def test_help_without_a_config_tells_of_both_frameworks_and_imports_none(here, capsys):
+    assert commands.main(['test', '--help']) == 0
+    out = capsys.readouterr().out
+    assert 'q3d test CONFIG.py CHECKPOINT.pth' in out and 'q3d test --cfg_file CONFIG.yaml' in out

@@ -1,9 +1,8 @@
-"""Tests a detector with its framework's own script: every argument of that script works here.
+"""The same as ``q3d test``."""
 
-python tools/test.py CONFIG.py CHECKPOINT.pth [arguments of MMDetection3D's tools/test.py]
-"""
+import sys
 
-from q3d_plugin.launch import main
+from q3d_plugin.commands import main
 
 if __name__ == '__main__':
-    main('test.py')
+    sys.exit(main(['test', *sys.argv[1:]]))

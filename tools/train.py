@@ -1,9 +1,8 @@
-"""Trains a detector with its framework's own script: every argument of that script works here.
+"""The same as ``q3d train``."""
 
-python tools/train.py CONFIG.py [arguments of MMDetection3D's tools/train.py]
-"""
+import sys
 
-from q3d_plugin.launch import main
+from q3d_plugin.commands import main
 
 if __name__ == '__main__':
-    main('train.py')
+    sys.exit(main(['train', *sys.argv[1:]]))

@@ -1,6 +1,6 @@
 """Full-size CenterPoint-Voxel 0.075 m on nuScenes in INT8: MMDetection3D's own config plus the quantization lines.
 
-python tools/test.py configs/mmdet3d/centerpoint_voxel0075_second_secfpn_nus_w8a8.py FLOAT_CHECKPOINT.pth
+q3d test configs/mmdet3d/centerpoint_voxel0075_second_secfpn_nus_w8a8.py FLOAT_CHECKPOINT.pth
 """
 
 _base_ = 'mmdet3d::centerpoint/centerpoint_voxel0075_second_secfpn_8xb4-cyclic-20e_nus-3d.py'

@@ -2,7 +2,7 @@
 
 Trained on two CPU cores by
 
-    python tools/train.py configs/mmdet3d/toy_centerpoint_voxel.py
+    q3d train configs/mmdet3d/toy_centerpoint_voxel.py
 
 A user with the real nuScenes changes ``data_root``.
 """

@@ -1,6 +1,6 @@
 """The toy CenterPoint-Voxel in INT8: the float config plus the quantization lines.
 
-python tools/test.py configs/mmdet3d/toy_centerpoint_voxel_w8a8.py FLOAT_CHECKPOINT.pth
+q3d test configs/mmdet3d/toy_centerpoint_voxel_w8a8.py FLOAT_CHECKPOINT.pth
 """
 
 _base_ = './toy_centerpoint_voxel.py'

@@ -13,6 +13,7 @@ from q3d_plugin.bench import Bench
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import check_writable
 from q3d_plugin.recipe import Recipe
+from q3d_plugin.shipped import find_shipped
 
 __all__ = [
     'add_common',
@@ -131,6 +132,7 @@ def open_bench(
     Raises:
         Q3DError: Anything is missing or does not fit.
     """
+    config, checkpoint = find_shipped(str(config)), find_shipped(str(checkpoint))
     path = Path(config)
     if path.suffix not in ('.py', '.yaml', '.yml'):
         raise Q3DError(

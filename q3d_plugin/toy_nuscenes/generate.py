@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import sys
 import tempfile
 from datetime import datetime, timezone
 from functools import partial
@@ -16,11 +14,20 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from . import camera, lidar, tables
-from .catalog import CLASSES
-from .geometry import matrix_to_quaternion, points_in_box, quaternion_to_matrix, rotation_x, rotation_z
-from .scene import KEYFRAME_PERIOD, ROAD_HALF_WIDTH, SWEEP_PERIOD, Scene, make_scene
-from .tables import rounded, token
+from q3d_plugin.errors import Q3DError
+from q3d_plugin.toy_nuscenes import camera, lidar, tables
+from q3d_plugin.toy_nuscenes.catalog import CLASSES
+from q3d_plugin.toy_nuscenes.geometry import (
+    matrix_to_quaternion,
+    points_in_box,
+    quaternion_to_matrix,
+    rotation_x,
+    rotation_z,
+)
+from q3d_plugin.toy_nuscenes.placement import make_scene
+from q3d_plugin.toy_nuscenes.road import ROAD_HALF_WIDTH
+from q3d_plugin.toy_nuscenes.scene import KEYFRAME_PERIOD, SWEEP_PERIOD, Scene
+from q3d_plugin.toy_nuscenes.tables import rounded, token
 
 # To be raised whenever the same arguments give other data.
 GENERATOR_VERSION = 1
@@ -337,61 +344,62 @@ def _read_marker(out: Path) -> dict | None:
         return None
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog='toy_nuscenes', description='Generates a synthetic data set in the format of nuScenes v1.0-mini.'
-    )
-    parser.add_argument('--out', type=Path, required=True, help='folder to write, used as the data root')
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--train-scenes', type=int, default=8, help='1 to 8, the scenes of mini_train')
-    parser.add_argument('--val-scenes', type=int, default=2, help='1 or 2, the scenes of mini_val')
-    parser.add_argument('--frames', type=int, default=32, help='keyframes per scene, 1 to 40, 0.5 s apart')
-    parser.add_argument('--processes', type=int, default=2, help='does not change the data')
-    args = parser.parse_args(argv)
-    for name, value, low, high in (
-        ('--seed', args.seed, 0, 2**31 - 1),
-        ('--train-scenes', args.train_scenes, 1, len(tables.TRAIN_SCENES)),
-        ('--val-scenes', args.val_scenes, 1, len(tables.VAL_SCENES)),
-        ('--frames', args.frames, 1, 40),
-        ('--processes', args.processes, 1, 64),
-    ):
-        if not low <= value <= high:
-            print(f'error: {name} must be {low} to {high}, not {value}', file=sys.stderr)
-            return 2
+def check_arguments(arguments: dict) -> None:
+    """Refuses what the generator cannot do.
 
-    arguments = {
-        'seed': args.seed,
-        'train_scenes': args.train_scenes,
-        'val_scenes': args.val_scenes,
-        'frames': args.frames,
+    Args:
+        arguments: `seed`, `train_scenes`, `val_scenes` and `frames`.
+
+    Raises:
+        Q3DError: A number is out of its range.
+    """
+    limits = {
+        'seed': (0, 2**31 - 1),
+        'train_scenes': (1, len(tables.TRAIN_SCENES)),
+        'val_scenes': (1, len(tables.VAL_SCENES)),
+        'frames': (1, 40),
     }
-    out = args.out.resolve()
+    for name, (low, high) in limits.items():
+        if not low <= arguments[name] <= high:
+            option = name.replace('_', '-')
+            raise Q3DError(f'--{option}: {arguments[name]} was given; {low} to {high} would work')
+
+
+def make_dataset(out: Path, arguments: dict, processes: int = 1) -> bool:
+    """Makes sure that a folder holds a set: generates it, unless the same set is there already.
+
+    Another toy set is replaced, with everything that was added to it; any other content is left alone.
+
+    Args:
+        out: The folder of the set, which appears whole or not at all.
+        arguments: `seed`, `train_scenes`, `val_scenes` and `frames`.
+        processes: Number of processes; the data does not depend on it.
+
+    Returns:
+        bool: Whether it was generated now.
+
+    Raises:
+        Q3DError: An argument is out of its range, or the folder holds something else.
+    """
+    check_arguments(arguments)
+    given, out = out, out.resolve()
     if out.exists() and not out.is_dir():
-        print(f'error: {args.out} is not a folder', file=sys.stderr)
-        return 2
+        raise Q3DError(f'--out: {str(given)!r} is a file; a folder would work')
     marker = _read_marker(out)
     if marker == {'generator_version': GENERATOR_VERSION, **arguments}:
-        print(f'{args.out} already holds this set, reusing it')
-        return 0
+        return False
     if marker is None and out.exists() and any(out.iterdir()):
-        print(f'error: {args.out} is not empty and not a toy set, will not overwrite it', file=sys.stderr)
-        return 2
-
-    if marker is not None:
-        print(f'{args.out} holds another toy set, replacing it')
+        raise Q3DError(f'--out: {str(given)!r} holds something that is no toy set; it is not overwritten')
     out.parent.mkdir(parents=True, exist_ok=True)
     # Written next to its place and renamed at the end: an interrupted run leaves no half set behind.
     work = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
     try:
         new = work / 'new'
         new.mkdir()
-        write_dataset(new, arguments, args.processes)
+        write_dataset(new, arguments, processes)
         if out.exists():
             out.rename(work / 'old')
         new.rename(out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    size = sum(f.stat().st_size for f in out.rglob('*') if f.is_file())
-    print(f'wrote {args.out}: {size / 1e6:.0f} MB')
-    return 0
+    return True

@@ -3,10 +3,11 @@
 import cv2
 import numpy as np
 import pytest
-from toy_nuscenes import camera, lidar
-from toy_nuscenes.catalog import CLASSES, object_parts
-from toy_nuscenes.generate import SceneWriter
-from toy_nuscenes.geometry import (
+
+from q3d_plugin.toy_nuscenes import camera, lidar
+from q3d_plugin.toy_nuscenes.catalog import CLASSES, object_parts
+from q3d_plugin.toy_nuscenes.generate import SceneWriter
+from q3d_plugin.toy_nuscenes.geometry import (
     matrix_to_quaternion,
     points_in_box,
     quaternion_to_matrix,
@@ -14,7 +15,8 @@ from toy_nuscenes.geometry import (
     rotation_x,
     rotation_z,
 )
-from toy_nuscenes.scene import EGO_CENTER_AHEAD, Solids, make_scene
+from q3d_plugin.toy_nuscenes.placement import make_scene
+from q3d_plugin.toy_nuscenes.scene import EGO_CENTER_AHEAD, Solids
 
 
 @pytest.fixture(scope='module')

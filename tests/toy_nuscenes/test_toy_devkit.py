@@ -12,8 +12,9 @@ from nuscenes.utils.data_classes import LidarPointCloud
 from nuscenes.utils.geometry_utils import points_in_box
 from nuscenes.utils.splits import mini_train, mini_val
 from pyquaternion import Quaternion
-from toy_nuscenes import tables
-from toy_nuscenes.catalog import CLASSES
+
+from q3d_plugin.toy_nuscenes import tables
+from q3d_plugin.toy_nuscenes.catalog import CLASSES
 
 REFERENCES = {
     'sample_token': 'sample',

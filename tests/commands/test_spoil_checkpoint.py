@@ -1,30 +1,16 @@
 """Detectors with activation outliers: the same in float, and other ranges."""
 
 import copy
-import importlib.util
-import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from q3d_plugin import lifecycle
+from q3d_plugin.commands import main, spoil_checkpoint
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.transforms.insert import quantize_
-
-TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'spoil_checkpoint.py'
-
-
-@pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('spoil_checkpoint', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 def float_model(norm):
@@ -67,15 +53,15 @@ def inputs_of(model, x):
     return seen, out
 
 
-def test_float_outputs_stay_and_the_chosen_inputs_have_outliers(tool, case):
+def test_float_outputs_stay_and_the_chosen_inputs_have_outliers(case):
     model, bench, x = case
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    graph = tool.watched_graph(bench, x)
-    factors, spoilt = tool.choose_factors(graph, [names[1], names[2]], 100, 0.2, seed=3)
+    graph = spoil_checkpoint.watched_graph(bench, x)
+    factors, spoilt = spoil_checkpoint.choose_factors(graph, [names[1], names[2]], 100, 0.2, seed=3)
     assert spoilt == names[1:]
     # 4 of 20 channels, 5 of 24.
     assert [int((factors[graph.read(n)] == 100).sum()) for n in spoilt] == [4, 5]
-    state = tool.spoiled(bench, graph, factors, model.state_dict())
+    state = spoil_checkpoint.spoiled(bench, graph, factors, model.state_dict())
     assert list(state) == list(model.state_dict())
     before, expected = inputs_of(model, x)
     other = copy.deepcopy(model)
@@ -85,35 +71,35 @@ def test_float_outputs_stay_and_the_chosen_inputs_have_outliers(tool, case):
     for name in after:
         ratio = float(after[name] / before[name])
         assert ratio > 20 if name in spoilt else ratio == pytest.approx(1, rel=1e-4)
-    assert tool.difference(bench, model.state_dict(), x) < 1e-4
-    assert tool.difference(bench, state, x) < 1e-4
+    assert spoil_checkpoint.difference(bench, model.state_dict(), x) < 1e-4
+    assert spoil_checkpoint.difference(bench, state, x) < 1e-4
     state[f'{names[0]}.weight'] = state[f'{names[0]}.weight'] * 2
-    assert tool.difference(bench, state, x) > 1e-2
+    assert spoil_checkpoint.difference(bench, state, x) > 1e-2
 
 
-def test_what_cannot_be_scaled_is_named(tool, case):
+def test_what_cannot_be_scaled_is_named(case):
     model, bench, x = case
-    graph = tool.watched_graph(bench, x)
+    graph = spoil_checkpoint.watched_graph(bench, x)
     with pytest.raises(Q3DError, match='input of the model'):
-        tool.choose_factors(graph, ['0'], 50, 0.1, 0)
+        spoil_checkpoint.choose_factors(graph, ['0'], 50, 0.1, 0)
     with pytest.raises(Q3DError, match=r"matches, such as '0'"):
-        tool.choose_factors(graph, ['head'], 50, 0.1, 0)
+        spoil_checkpoint.choose_factors(graph, ['head'], 50, 0.1, 0)
 
 
 @pytest.mark.parametrize('options', [['--factor', '0'], ['--share', '2'], ['--share', '0']])
-def test_numbers_that_mean_nothing_are_refused_before_anything_is_read(tool, tmp_path, capsys, options):
-    assert tool.main(['none.py', 'none.pth', str(tmp_path / 'out.pth'), *options]) == 2
+def test_numbers_that_mean_nothing_are_refused_before_anything_is_read(tmp_path, capsys, options):
+    assert main(['spoil-checkpoint', 'none.py', 'none.pth', str(tmp_path / 'out.pth'), *options]) == 2
     assert '--share' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_w8a8_is_worse_and_smoothquant_mends_it(tool, case):
+def test_w8a8_is_worse_and_smoothquant_mends_it(case):
     from q3d_plugin.recipe import Recipe
 
     model, bench, x = case
-    graph = tool.watched_graph(bench, x)
-    factors, _ = tool.choose_factors(graph, ['*'], 100, 0.1, seed=0)
-    state = tool.spoiled(bench, graph, factors, model.state_dict())
+    graph = spoil_checkpoint.watched_graph(bench, x)
+    factors, _ = spoil_checkpoint.choose_factors(graph, ['*'], 100, 0.1, seed=0)
+    state = spoil_checkpoint.spoiled(bench, graph, factors, model.state_dict())
     with torch.no_grad():
         expected = model(x)
     errors = {}

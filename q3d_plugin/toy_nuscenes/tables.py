@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .catalog import ATTRIBUTES, CATEGORIES
+from q3d_plugin.toy_nuscenes.catalog import ATTRIBUTES, CATEGORIES
 
 VERSION = 'v1.0-mini'
 TABLES = (

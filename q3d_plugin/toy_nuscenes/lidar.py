@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scene import GROUND_INTENSITY, Solids
+from q3d_plugin.toy_nuscenes.scene import GROUND_INTENSITY, Solids
 
 ELEVATIONS = np.deg2rad(np.linspace(-30.67, 10.67, 32))
 AZIMUTH_STEPS = 640

@@ -1,21 +1,11 @@
 """Stripping checkpoints of both frameworks."""
 
-import importlib.util
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
 
-TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'strip_checkpoint.py'
-
-
-@pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('strip_checkpoint', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from q3d_plugin.commands import main
 
 
 @pytest.fixture
@@ -27,7 +17,7 @@ def state():
 
 @pytest.mark.parametrize('options', [[], ['--compress'], ['--half'], ['--half', '--compress']])
 @pytest.mark.parametrize('framework', ['mmdet3d', 'openpcdet'])
-def test_weights_are_kept_and_the_rest_is_not(tool, state, tmp_path, framework, options):
+def test_weights_are_kept_and_the_rest_is_not(state, tmp_path, framework, options):
     optimizer = {'state': {0: torch.randn(50000)}}
     if framework == 'mmdet3d':
         meta = {'dataset_meta': {'classes': ['car']}, 'epoch': 3, 'cfg': 'x' * 9999}
@@ -35,7 +25,7 @@ def test_weights_are_kept_and_the_rest_is_not(tool, state, tmp_path, framework, 
     else:
         content, key = {'epoch': 3, 'model_state': state, 'optimizer_state': optimizer}, 'model_state'
     torch.save(content, tmp_path / 'in.pth')
-    assert tool.main([str(tmp_path / 'in.pth'), str(tmp_path / 'out.pth'), *options]) == 0
+    assert main(['strip-checkpoint', str(tmp_path / 'in.pth'), str(tmp_path / 'out.pth'), *options]) == 0
     got = torch.load(tmp_path / 'out.pth', weights_only=True)
     assert set(got) == ({'meta', key} if framework == 'mmdet3d' else {key})
     if framework == 'mmdet3d':
@@ -48,27 +38,27 @@ def test_weights_are_kept_and_the_rest_is_not(tool, state, tmp_path, framework, 
     assert (tmp_path / 'out.pth').stat().st_size < (tmp_path / 'in.pth').stat().st_size / 5
 
 
-def test_compressed_files_are_smaller(tool, tmp_path):
+def test_compressed_files_are_smaller(tmp_path):
     torch.save({'model_state': OrderedDict(a=torch.zeros(20000))}, tmp_path / 'in.pth')
     sizes = []
     for options in ([], ['--compress']):
-        assert tool.main([str(tmp_path / 'in.pth'), str(tmp_path / 'out.pth'), *options]) == 0
+        assert main(['strip-checkpoint', str(tmp_path / 'in.pth'), str(tmp_path / 'out.pth'), *options]) == 0
         sizes.append((tmp_path / 'out.pth').stat().st_size)
     assert sizes[1] < sizes[0] / 10
 
 
 @pytest.mark.parametrize('content', [{'weights': 1}, [1, 2]])
-def test_what_is_no_checkpoint_is_refused(tool, tmp_path, capsys, content):
+def test_what_is_no_checkpoint_is_refused(tmp_path, capsys, content):
     torch.save(content, tmp_path / 'in.pth')
     (tmp_path / 'out.pth').write_text('kept')
-    assert tool.main([str(tmp_path / 'in.pth'), str(tmp_path / 'out.pth')]) == 2
+    assert main(['strip-checkpoint', str(tmp_path / 'in.pth'), str(tmp_path / 'out.pth')]) == 2
     assert 'model_state' in capsys.readouterr().err
     assert (tmp_path / 'out.pth').read_text() == 'kept'
 
 
-def test_files_and_folders_that_are_not_there_are_named(tool, state, tmp_path, capsys):
-    assert tool.main([str(tmp_path / 'none.pth'), str(tmp_path / 'out.pth')]) == 2
+def test_files_and_folders_that_are_not_there_are_named(state, tmp_path, capsys):
+    assert main(['strip-checkpoint', str(tmp_path / 'none.pth'), str(tmp_path / 'out.pth')]) == 2
     assert 'none.pth' in capsys.readouterr().err
     torch.save({'model_state': state}, tmp_path / 'in.pth')
-    assert tool.main([str(tmp_path / 'in.pth'), str(tmp_path / 'no' / 'out.pth')]) == 2
+    assert main(['strip-checkpoint', str(tmp_path / 'in.pth'), str(tmp_path / 'no' / 'out.pth')]) == 2
     assert 'does not exist' in capsys.readouterr().err

@@ -2,18 +2,14 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-TOOLS = Path(__file__).resolve().parents[3] / 'tools'
-sys.path.insert(0, str(TOOLS))
 
 
 def run_generator(out, *options):
     """Runs the command line as a user does and returns the finished process."""
-    command = [sys.executable, str(TOOLS / 'toy_nuscenes'), '--out', str(out), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, '-m', 'q3d_plugin', 'toy-data', '--infos', 'none', '--out', str(out)]
+    return subprocess.run([*command, *map(str, options)], capture_output=True, text=True, check=False)
 
 
 SMALL = ('--train-scenes', 1, '--val-scenes', 1, '--frames', 3)

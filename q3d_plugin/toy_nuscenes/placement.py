@@ -1,27 +1,24 @@
-"""A scene: a road, an ego vehicle that drives along it, objects with trajectories, and the background.
-
-Positions are in the global frame, in metres; times are in seconds from the start of the scene.
-"""
+"""Puts the objects and the background of a scene in their places, so that nothing ever collides."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
 
-from .catalog import CLASSES, object_parts, sample_size
-from .geometry import rectangles_overlap, rotation_z
+from q3d_plugin.toy_nuscenes.catalog import CLASSES, sample_size
+from q3d_plugin.toy_nuscenes.geometry import rectangles_overlap
+from q3d_plugin.toy_nuscenes.road import LANE, STRIP, Ego, Motion, Road, make_road
+from q3d_plugin.toy_nuscenes.scene import (
+    EGO_CENTER_AHEAD,
+    EGO_SIZE,
+    KEYFRAME_PERIOD,
+    SWEEP_PERIOD,
+    Instance,
+    Scene,
+    Solids,
+)
 
-KEYFRAME_PERIOD = 0.5
-# One LiDAR sweep is recorded half-way between two keyframes (nine in nuScenes), to keep the set small.
-SWEEP_PERIOD = 0.25
-
-EGO_SIZE = np.array([5.6, 2.6])  # with a margin around the real 4.1 m x 1.7 m
-EGO_CENTER_AHEAD = 1.3  # the ego frame sits on the rear axle
-LANE = 3.7  # lateral distance of the neighbouring lanes to the ego lane
-STRIP = 8.6  # ... of the parking strips
-ROAD_HALF_WIDTH = 10.6
 # Instances a scene is asked for at 32 keyframes; as many as give every class about the same number in view.
 COUNTS = {
     'car': 12,
@@ -36,7 +33,7 @@ COUNTS = {
     'barrier': 20,
 }
 COUNTS_KEYFRAMES = 32
-# Placed from large to small: the large ones find the least room.
+# Placed from large to small: the large ones find the least space.
 PLACEMENT_ORDER = (
     'bus',
     'trailer',
@@ -49,188 +46,18 @@ PLACEMENT_ORDER = (
     'traffic_cone',
     'pedestrian',
 )
-GROUND_INTENSITY = 14.0
-
-
-@dataclass
-class Road:
-    """The route as a densely sampled curve, parametrised by its length `s`."""
-
-    s: np.ndarray
-    xy: np.ndarray
-    yaw: np.ndarray
-
-    def pose(self, s: np.ndarray, lateral: np.ndarray | float = 0.0) -> np.ndarray:
-        """Poses (..., 3) x, y, yaw at length `s` along the route and `lateral` metres to its left."""
-        yaw = np.interp(s, self.s, self.yaw)
-        x = np.interp(s, self.s, self.xy[:, 0]) - lateral * np.sin(yaw)
-        y = np.interp(s, self.s, self.xy[:, 1]) + lateral * np.cos(yaw)
-        return np.stack([x, y, yaw], axis=-1)
-
-
-def make_road(rng: np.random.Generator, center: np.ndarray, length: float) -> Road:
-    """A gently winding road whose driven part, of `length` metres, is centred at `center` (2,)."""
-    step = 0.5
-    s = np.arange(-400.0, length + 400.0, step)
-    swing = rng.uniform(0.12, 0.35) * rng.choice([-1.0, 1.0])
-    yaw = rng.uniform(0, 2 * np.pi) + swing * np.sin(
-        2 * np.pi * s / rng.uniform(160, 240) + rng.uniform(0, 2 * np.pi)
-    )
-    xy = np.cumsum(np.stack([np.cos(yaw), np.sin(yaw)], axis=-1), axis=0) * step
-    middle = np.argmin(np.abs(s - length / 2))
-    return Road(s, xy - xy[middle] + center, yaw)
-
-
-@dataclass
-class Ego:
-    """The ego vehicle: drives along the road with a speed that swings gently around its mean."""
-
-    speed: float
-    swing: float
-    phase: float
-
-    def travelled(self, t: np.ndarray) -> np.ndarray:
-        """Length `s` along the road at times `t`."""
-        return self.speed * t + self.swing * (np.sin(0.4 * t + self.phase) - np.sin(self.phase))
-
-
-@dataclass
-class Motion:
-    """How an object moves.
-
-    Attributes:
-        kind: 'static', 'arc' (constant turn rate), 'lane' (follows the road) or 'convoy' (keeps its distance
-            to the ego vehicle along the road).
-        start: For 'static' and 'arc' (3,) x, y, yaw at t = 0; for 'lane' (2,) length along the road at t = 0
-            and lateral offset; for 'convoy' (2,) length ahead of the ego vehicle and lateral offset.
-        speed: m/s along the heading; negative on a lane: against the direction of the ego vehicle.
-        turn: Turn rate in rad/s, for 'arc'.
-    """
-
-    kind: str
-    start: np.ndarray
-    speed: float = 0.0
-    turn: float = 0.0
-
-    def poses(self, t: np.ndarray, road: Road, ego: Ego) -> np.ndarray:
-        """Poses (len(t), 3) x, y, yaw at times `t`."""
-        if self.kind == 'static':
-            return np.broadcast_to(self.start, (len(t), 3))
-        if self.kind == 'arc':
-            x, y, yaw = self.start
-            heading = yaw + self.turn * t
-            if abs(self.turn) < 1e-6:
-                way = self.speed * t
-                return np.stack([x + way * np.cos(yaw), y + way * np.sin(yaw), heading], -1)
-            radius = self.speed / self.turn
-            return np.stack(
-                [
-                    x + radius * (np.sin(heading) - np.sin(yaw)),
-                    y - radius * (np.cos(heading) - np.cos(yaw)),
-                    heading,
-                ],
-                -1,
-            )
-        s = self.start[0] + (ego.travelled(t) if self.kind == 'convoy' else self.speed * t)
-        pose = road.pose(s, self.start[1])
-        if self.speed < 0:
-            pose[:, 2] += np.pi
-        return pose
-
-
-@dataclass
-class Instance:
-    """One annotated object."""
-
-    name: str
-    size_lwh: np.ndarray
-    with_rider: bool
-    motion: Motion
-    attribute: str | None
-    color: np.ndarray  # (3,) RGB, 0 to 255
-    gain: float  # factor on the LiDAR intensity
-
-
-@dataclass
-class Solids:
-    """Convex solids, upright boxes and cylinders, at one moment.
-
-    Attributes:
-        center: (P, 3) global position.
-        half: (P, 3) half extents; of a cylinder: radius, radius, half height.
-        yaw: (P,) heading.
-        round: (P,) True for cylinders.
-        intensity: (P,) LiDAR intensity at normal incidence.
-        color: (P, 3) RGB, 0 to 255.
-        owner: (P,) index of the annotated instance, -1 for the background; sorted.
-    """
-
-    center: np.ndarray
-    half: np.ndarray
-    yaw: np.ndarray
-    round: np.ndarray
-    intensity: np.ndarray
-    color: np.ndarray
-    owner: np.ndarray
-
-
-@dataclass
-class Scene:
-    """Everything there is in a scene, at any time."""
-
-    road: Road
-    ego: Ego
-    duration: float
-    ground: np.ndarray  # (3,) height z = g0 + g1 (x - x0) + g2 (y - y0)
-    origin: np.ndarray  # (2,) x0, y0
-    instances: list[Instance]
-    background: Solids
-
-    def ground_height(self, xy: np.ndarray) -> np.ndarray:
-        """Height (...) of the ground at positions (..., 2)."""
-        return self.ground[0] + (xy - self.origin) @ self.ground[1:]
-
-    def ego_pose(self, t: float) -> tuple[np.ndarray, np.ndarray]:
-        """Position (3,) and rotation (3, 3), vehicle to global, with the vehicle upright on the slope."""
-        pose = self.road.pose(self.ego.travelled(np.array(t)))
-        normal = np.array([-self.ground[1], -self.ground[2], 1.0])
-        normal /= np.linalg.norm(normal)
-        forward = rotation_z(pose[2])[:, 0]
-        forward = forward - normal * (forward @ normal)
-        forward /= np.linalg.norm(forward)
-        rotation = np.stack([forward, np.cross(normal, forward), normal], axis=1)
-        return np.append(pose[:2], self.ground_height(pose[:2])), rotation
-
-    def boxes(self, t: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Boxes at time `t`: centres (M, 3), sizes (M, 3) as length, width, height, and headings (M,)."""
-        time = np.array([t])
-        poses = [i.motion.poses(time, self.road, self.ego)[0] for i in self.instances]
-        poses = np.array(poses).reshape(-1, 3)
-        sizes = np.array([i.size_lwh for i in self.instances]).reshape(-1, 3)
-        z = self.ground_height(poses[:, :2]) + sizes[:, 2] / 2
-        return np.column_stack([poses[:, :2], z]), sizes, poses[:, 2]
-
-    def solids(self, t: float) -> Solids:
-        """All solids at time `t`, the background first."""
-        centers, sizes, yaws = self.boxes(t)
-        rows = [[getattr(self.background, f)] for f in self.background.__dataclass_fields__]
-        for index, instance in enumerate(self.instances):
-            parts = object_parts(instance.name, sizes[index], instance.with_rider)
-            n = len(parts['round'])
-            for row, value in zip(
-                rows,
-                (
-                    centers[index] + parts['center'] @ rotation_z(yaws[index]).T,
-                    parts['half'],
-                    np.full(n, yaws[index]),
-                    parts['round'],
-                    np.clip(parts['intensity'] * instance.gain, 0, 255),
-                    np.clip(parts['tint'][:, None] * instance.color, 0, 255),
-                    np.full(n, index),
-                ),
-            ):
-                row.append(value)
-        return Solids(*[np.concatenate(row) for row in rows])
+MOVING_SHARE = {
+    'car': 0.45,
+    'truck': 0.3,
+    'bus': 0.35,
+    'trailer': 0.15,
+    'construction_vehicle': 0.1,
+    'pedestrian': 0.7,
+    'motorcycle': 0.45,
+    'bicycle': 0.45,
+    'traffic_cone': 0.0,
+    'barrier': 0.0,
+}
 
 
 class Occupancy:
@@ -330,20 +157,6 @@ def _attribute(rng: np.random.Generator, name: str, moving: bool, with_rider: bo
     if moving:
         return 'vehicle.moving'
     return 'vehicle.parked' if rng.uniform() < 0.7 else 'vehicle.stopped'
-
-
-MOVING_SHARE = {
-    'car': 0.45,
-    'truck': 0.3,
-    'bus': 0.35,
-    'trailer': 0.15,
-    'construction_vehicle': 0.1,
-    'pedestrian': 0.7,
-    'motorcycle': 0.45,
-    'bicycle': 0.45,
-    'traffic_cone': 0.0,
-    'barrier': 0.0,
-}
 
 
 def _place_objects(

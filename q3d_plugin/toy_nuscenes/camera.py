@@ -11,7 +11,8 @@ from typing import Callable
 import cv2
 import numpy as np
 
-from .scene import ROAD_HALF_WIDTH, Road, Solids
+from q3d_plugin.toy_nuscenes.road import ROAD_HALF_WIDTH, Road
+from q3d_plugin.toy_nuscenes.scene import Solids
 
 WIDTH, HEIGHT = 1600, 900
 SCALE = 2
