@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from q3d_plugin.analysis import sensitivity
-from q3d_plugin.analysis.command import open_bench
+from q3d_plugin.analysis.opening import open_bench
 from q3d_plugin.analysis.replay import Replay
+from q3d_plugin.analysis.switch import Switch
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 
@@ -62,7 +62,7 @@ def test_a_recipe_after_others_gives_what_it_gives_alone(bench, batch):
 
 def test_partial_passes_are_whole_passes(bench, batch):
     bench.prepare(Recipe.from_dict({'calibration': {'frames': 1}}), [batch])
-    switch, replay = sensitivity.Switch(bench.model), Replay(bench.model, bench.forward)
+    switch, replay = Switch(bench.model), Replay(bench.model, bench.forward)
     names = ['backbone_3d.conv2.1.add', 'backbone_2d.blocks.1.4', 'dense_head.heads_list.3.vel.1']
     computed = {}
     with switch.restored(), torch.no_grad():

@@ -1,0 +1,1 @@
+"""The commands of ``q3d``: one module of this package each."""
