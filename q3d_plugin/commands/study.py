@@ -1,98 +1,134 @@
-"""The results of tools/study.sh as one table: all recipes in both frameworks, beside the study's own figures.
+"""Runs the study's experiments one after the other, and makes one table of them.
 
-    python tools/study_table.py MMDetection3D=work_dirs/study/mmdet3d OpenPCDet=work_dirs/study/openpcdet
+    q3d study                               on the toy nuScenes (about an hour a framework)
+    q3d study CONFIG CHECKPOINT [options]   on your own detector and data: options are those of q3d sweep
+    q3d study --table MMDetection3D=work_dirs/study/mmdet3d OpenPCDet=work_dirs/study/openpcdet
 
-Prints Markdown, and writes it with the plain figures into the folder of the first one: study.md, study.json.
+On the toy, OpenPCDet's part runs where it is installed or OPENPCDET_ROOT names a checkout. What was
+interrupted goes on where it stopped. The table is printed as Markdown, beside the study's own figures, and
+written with the plain figures into the folder of the first sweep: study.md, study.json.
 """
 
 import os
+import subprocess
 import sys
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-if __name__ == '__main__':
-    # Python puts this folder first on the path, where its scripts would shadow modules of the standard
-    # library (profile.py, for example).
-    sys.path[:] = [p for p in sys.path if os.path.abspath(p or '.') != HERE]
+import q3d_plugin
+from q3d_plugin import files
+from q3d_plugin.analysis import study
+from q3d_plugin.commands import _common
+from q3d_plugin.errors import Q3DError
+from q3d_plugin.shipped import configs_folder
 
-import argparse  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Dict, List, Optional, Tuple  # noqa: E402
+__all__ = ['main']
 
-from q3d_plugin import files  # noqa: E402
-from q3d_plugin.errors import Q3DError  # noqa: E402
-
-# The study's own figures on nuScenes (OpenPCDet, cbgs_voxel0075_res3d_centerpoint, 8 bits), not measured
-# here; where it gives a range, the middle of it.
-NUSCENES: Dict[str, Tuple[float, Optional[float]]] = {
-    'float': (0.5922, 0.6648),
-    'dense W8A8, signed': (0.5793, 0.6491),
-    'dense W8A8, unsigned': (0.5885, 0.6603),
-    'dense W8A8, SmoothQuant 0.5 on all': (0.0332, 0.1086),
-    'dense W8A8, SmoothQuant 0.5 on the backbone, head plain': (0.5889, 0.6607),
-    'head W8A8, backbone float': (0.5891, 0.6607),
-    'backbone W8A8, head float': (0.5912, 0.6630),
-    'dense W8A8, SmoothQuant 0.5 on the head but the listed layers': (0.5881, None),
-    'dense W8A8, SmoothQuant 0.5 on all but the listed layers': (0.5889, None),
-}
+DATA, RESULTS = Path('data/toy_nuscenes'), Path('work_dirs/study')
+TITLES = {'mmdet3d': 'MMDetection3D', 'openpcdet': 'OpenPCDet'}
 
 
-def results_of(folder: Path) -> Dict[str, Dict[str, float]]:
-    """mAP and NDS of every finished recipe of a sweep, and of ``float``.
+class Sweep(NamedTuple):
+    """The experiments with one detector: title of its columns, folder of results, arguments of q3d sweep."""
 
-    Args:
-        folder: Where ``tools/sweep.py`` wrote.
+    title: str
+    folder: Path
+    arguments: List[str]
+
+
+def sweep_of(config: str, checkpoint: str, out: Optional[Path], options: List[str]) -> Sweep:
+    """The experiments with the detector of a config."""
+    framework = 'mmdet3d' if config.endswith('.py') else 'openpcdet'
+    folder = out or RESULTS / Path(config).stem
+    recipes = configs_folder() / framework / 'study' / 'recipes.py'
+    given = [config, checkpoint, '--grid', str(recipes), '--out', str(folder), *options]
+    return Sweep(framework, folder, given)
+
+
+def toy_sweep_of(framework: str) -> Sweep:
+    """The experiments with the toy detector of a framework."""
+    configs, suffix = configs_folder() / framework, {'mmdet3d': 'py', 'openpcdet': 'yaml'}[framework]
+    name, folder = 'toy_centerpoint_voxel', RESULTS / framework
+    given = [str(configs / f'{name}_w8a8.{suffix}'), str(configs / f'{name}.pth')]
+    given += ['--grid', str(configs / 'study' / 'recipes.py'), '--out', str(folder)]
+    if framework == 'openpcdet':
+        given += ['--set', f'DATA_CONFIG.DATA_PATH={DATA.absolute()}']
+    return Sweep(TITLES[framework], folder, given)
+
+
+def q3d(name: str, *arguments: str) -> None:
+    """Runs a command in a process of its own, as each framework wants one.
 
     Raises:
-        Q3DError: There is no sweep with mAP.
+        Q3DError: It failed.
     """
-    content = files.read_json(folder / 'sweep.json', str(folder))
-    entries = [('float', content.get('float')), *((e['name'], e.get('result')) for e in content['entries'])]
-    out = {n: {k: r.get(k) for k in ('mAP', 'NDS')} for n, r in entries if r and r.get('mAP') is not None}
-    if not out:
-        raise Q3DError(f'{folder}: it has no result with mAP yet; run tools/sweep.py with --metric map')
-    return out
+    paths = [str(Path(q3d_plugin.__file__).resolve().parents[1]), os.environ.get('PYTHONPATH', '')]
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, '-m', 'q3d_plugin', name, *arguments]
+    status = subprocess.run(command, env=environment, check=False).returncode
+    if status:
+        raise Q3DError(f'study: q3d {name} ended with status {status}, for the reason that it gave above')
 
 
-def table(found: Dict[str, Dict[str, Dict[str, float]]]) -> str:
-    """A Markdown table: a line for each recipe, two columns for each framework, two for the study."""
+def tabulate(folders: Dict[str, Path]) -> None:
+    """Prints the table of some sweeps and writes it beside the first of them."""
+    found = {title: study.results_of(folder) for title, folder in folders.items()}
+    first, text = next(iter(folders.values())), study.table(found)
+    files.write_text(first / 'study.md', text)
+    files.write_json(first / 'study.json', {**found, 'study (theirs)': study.NUSCENES})
+    print(text)
 
-    def cell(value: Optional[float]) -> str:
-        return '' if value is None else f'{100 * value:.2f}'
 
-    columns = [*found, 'the study, nuScenes (theirs)']
-    header = ['recipe'] + [f'{c}: {m}' for c in columns for m in ('mAP', 'NDS')]
-    lines = [header, ['---'] * len(header)]
-    names = dict.fromkeys(name for results in found.values() for name in results)
-    for name in names:
-        line = [name]
-        for results in found.values():
-            result = results.get(name, {})
-            line += [cell(result.get('mAP')), cell(result.get('NDS'))]
-        lines.append(line + [cell(v) for v in NUSCENES.get(name, (None, None))])
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+def run(argv: Optional[List[str]] = None) -> int:
+    """Runs the sweeps and makes the table."""
+    parser = _common.parser_of('study', __doc__)
+    parser.add_argument('config', nargs='?', help='of a CenterPoint with Quant types (default: the toys)')
+    parser.add_argument('checkpoint', nargs='?', help='of the float model')
+    parser.add_argument(
+        '--out', type=Path, help='folder for the results (default: work_dirs/study/NAME OF THE CONFIG)'
+    )
+    parser.add_argument('--table', nargs='+', metavar='TITLE=FOLDER', help='only the table, of these sweeps')
+    args, options = parser.parse_known_args(argv)
+    if args.table:
+        folders = {}
+        for item in args.table:
+            title, equals, folder = item.partition('=')
+            if not equals or not title:
+                raise Q3DError(f'--table: {item!r} was given; TITLE=FOLDER would work')
+            folders[title] = Path(folder)
+        tabulate(folders)
+        return 0
+    if args.config:
+        if not args.checkpoint:
+            raise Q3DError('study: a config was given and no checkpoint; both, or neither, would work')
+        sweeps = [sweep_of(args.config, args.checkpoint, args.out, options)]
+    else:
+        if options or args.out:
+            option = options[0] if options else '--out'
+            raise Q3DError(f'study: {option} was given; options go with a config and a checkpoint')
+        from q3d_plugin.commands.toy_data import frameworks_at_hand
+
+        frameworks = frameworks_at_hand()
+        if not frameworks:
+            raise Q3DError('study: neither MMDetection3D nor OpenPCDet is here (OPENPCDET_ROOT is not set)')
+        q3d('toy-data', '--out', str(DATA), '--infos', *frameworks)
+        sweeps = [toy_sweep_of(framework) for framework in frameworks]
+    for sweep in sweeps:
+        q3d('sweep', *sweep.arguments)
+    tabulate({sweep.title: sweep.folder for sweep in sweeps})
+    return 0
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument('results', nargs='+', metavar='TITLE=FOLDER')
-    args = parser.parse_args(argv)
-    try:
-        found, first = {}, None
-        for item in args.results:
-            title, equals, folder = item.partition('=')
-            if not equals or not title:
-                raise Q3DError(f'{item!r} was given; TITLE=FOLDER would work')
-            found[title], first = results_of(Path(folder)), first or Path(folder)
-        text = table(found)
-        files.write_bytes(first / 'study.md', (text + '\n').encode())
-        files.write_json(first / 'study.json', {**found, 'study (theirs)': NUSCENES})
-        print(text)
-    except Q3DError as error:
-        print(f'study_table: {error}', file=sys.stderr)
-        return 2
-    return 0
+    """Runs the command.
+
+    Args:
+        argv: Its arguments; those of the process where None.
+
+    Returns:
+        int: The exit status.
+    """
+    return _common.guarded(run, argv)
 
 
 if __name__ == '__main__':
