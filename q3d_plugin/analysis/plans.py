@@ -62,6 +62,8 @@ def known_keys() -> List[str]:
     out = []
     hints = typing.get_type_hints(Recipe)
     for spec in dataclasses.fields(Recipe):
+        if not spec.compare:
+            continue  # says where a recipe stands, and is no part of it
         kinds = [hints[spec.name], *typing.get_args(hints[spec.name])]
         inner = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
         if inner is not None:

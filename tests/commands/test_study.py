@@ -103,8 +103,18 @@ def test_a_command_that_fails_ends_the_study(capfd):
 @pytest.mark.parametrize('framework', ['mmdet3d', 'openpcdet'])
 def test_recipes_are_valid_and_those_of_the_study_are_among_them(framework):
     grid, named = parse_grid([str(configs_folder() / framework / 'study' / 'recipes.py')])
-    entries = expand(Recipe(), grid, named)
+    # Whatever the target and the signs of the config are.
+    base = Recipe.from_dict({'target': 'tensorrt', 'activation': {'unsigned': False}})
+    entries = expand(base, grid, named)
     assert len(entries) == len(named)
+    for entry in entries:
+        plain = entry.recipe.to_dict()
+        widths = {plain[part]['bits'] for part in ('weight', 'activation')}
+        dynamic = (plain['smoothquant'] or {}).get('mode') == 'dynamic'
+        signed = entry.name.endswith(', signed')
+        expected = 'tensorrt' if signed else 'simulation' if dynamic or widths != {8} else 'openvino'
+        assert plain['target'] == expected, entry.name
+        assert plain['activation']['unsigned'] == (False if signed else 'auto'), entry.name
     assert set(NUSCENES) - {'float'} <= {e.name for e in entries}
     listed = next(e for e in entries if e.name.endswith('listed layers float')).recipe.skip
     # The study's 35 layers: five in each of six heads, two and three more in the first ones.
