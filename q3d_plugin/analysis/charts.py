@@ -61,6 +61,7 @@ def sensitivity_chart(rows: Sequence[Dict[str, Any]], most: int = 40, title: str
         axes.set_xscale('log')
     axes.set_xlabel('relative L1 against float, quantized alone')
     axes.set_title(title, fontsize=10)
+    axes.margins(y=0.5 / max(len(rows), 1))
     axes.grid(axis='x', alpha=0.3)
     if measures:
         axes.legend(loc='lower right', fontsize=8)

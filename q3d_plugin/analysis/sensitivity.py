@@ -38,7 +38,7 @@ _FORWARD = Callable[[Any], Dict[str, Tensor]]
 
 
 def _read(unit: QuantUnit, output: Any) -> Tensor:
-    """What is read of an output: of an addition before a ReLU, what that lets through.
+    """The part of an output that is read: of an addition before a ReLU, what that lets through.
 
     The range of such an addition covers nothing else, and what it does to the rest is no error.
     """

@@ -180,7 +180,7 @@ def run(argv: Optional[List[str]] = None) -> int:
         bench, switch, batches, calibrated.notes(), args.group, args.local, args.reverse, lap
     )
     target = target_of(recipe.to_dict())
-    text = f'target {target}, measured on {len(batches)} frames of the {split} split\n\n'
+    text = f'target {target}, frames measured on: {len(batches)} of the {split} split\n\n'
     text += sensitivity.table(rows)
     if calibrated.nonfinite:
         text += f'\n\n{calibrated.warning()}'

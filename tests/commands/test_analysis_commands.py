@@ -135,7 +135,7 @@ def test_sensitivity_says_what_became_of_layers_that_nan_came_to(run, tmp_path, 
 def test_sensitivity_names_the_target(run, tmp_path, capsys):
     assert run('sensitivity', '--frames', 1, '--local') == 0
     target = target_of(toy_recipe().to_dict())
-    assert capsys.readouterr().out.count(f'target {target}, measured on 1 frames of the train split') == 1
+    assert capsys.readouterr().out.count(f'target {target}, frames measured on: 1 of the train split') == 1
     assert (tmp_path / 'out' / 'table.txt').read_text().startswith(f'target {target}')
 
 
