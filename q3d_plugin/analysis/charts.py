@@ -60,11 +60,12 @@ def sensitivity_chart(rows: Sequence[Dict[str, Any]], most: int = 40, title: str
     if any(r.get(m[0]) for m in measures for r in rows):
         axes.set_xscale('log')
     axes.set_xlabel('relative L1 against float, quantized alone')
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, loc='left')
     axes.margins(y=0.5 / max(len(rows), 1))
     axes.grid(axis='x', alpha=0.3)
     if measures:
-        axes.legend(loc='lower right', fontsize=8)
+        # Above the bars, of which it would cover some.
+        axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
     return png(made)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from q3d_plugin.analysis.calibrate import calibrate
 from q3d_plugin.analysis.opening import open_bench
 from q3d_plugin.analysis.replay import Replay
 from q3d_plugin.analysis.switch import Switch
@@ -58,6 +59,16 @@ def test_a_recipe_after_others_gives_what_it_gives_alone(bench, batch):
     again = bench.forward(batch)
     assert all(torch.equal(alone[k], again[k]) for k in alone)
     assert not torch.equal(alone['0.hm'], other['0.hm'])
+
+
+def test_the_calibration_of_the_analysis_is_that_of_a_run(bench, batch):
+    recipe = Recipe.from_dict({'calibration': {'frames': 1}})
+    bench.prepare(recipe, [batch])
+    expected = {k: v.clone() for k, v in bench.model.state_dict().items()}
+    assert not calibrate(bench, recipe, [batch]).nonfinite
+    assert bench.recipe == bench.model.quant_recipe == recipe
+    found = bench.model.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(v, found[k]) for k, v in expected.items())
 
 
 def test_partial_passes_are_whole_passes(bench, batch):
