@@ -56,18 +56,12 @@ def toy_sweep_of(framework: str) -> Sweep:
     return Sweep(TITLES[framework], folder, given)
 
 
-def q3d(name: str, *arguments: str) -> None:
-    """Runs a command in a process of its own, as each framework wants one.
-
-    Raises:
-        Q3DError: It failed.
-    """
+def q3d(name: str, *arguments: str) -> int:
+    """Runs a command in a process of its own, as each framework wants one; returns its exit status."""
     paths = [str(Path(q3d_plugin.__file__).resolve().parents[1]), os.environ.get('PYTHONPATH', '')]
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, paths))}
     command = [sys.executable, '-m', 'q3d_plugin', name, *arguments]
-    status = subprocess.run(command, env=environment, check=False).returncode
-    if status:
-        raise Q3DError(f'study: q3d {name} ended with status {status}, for the reason that it gave above')
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def tabulate(folders: Dict[str, Path]) -> None:
@@ -111,10 +105,15 @@ def run(argv: Optional[List[str]] = None) -> int:
         frameworks = frameworks_at_hand()
         if not frameworks:
             raise Q3DError('study: neither MMDetection3D nor OpenPCDet is here (OPENPCDET_ROOT is not set)')
-        q3d('toy-data', '--out', str(DATA), '--infos', *frameworks)
+        status = q3d('toy-data', '--out', str(DATA), '--infos', *frameworks)
+        if status:
+            return status
         sweeps = [toy_sweep_of(framework) for framework in frameworks]
     for sweep in sweeps:
-        q3d('sweep', *sweep.arguments)
+        # What was wrong the command has told.
+        status = q3d('sweep', *sweep.arguments)
+        if status:
+            return status
     tabulate({sweep.title: sweep.folder for sweep in sweeps})
     return 0
 
