@@ -1,6 +1,6 @@
 """A loaded detector to experiment with, the same for both frameworks: the door of the analysis.
 
-:func:`q3d_plugin.analysis.command.open_bench` gives a :class:`Bench` for a config and a checkpoint. What is
+:func:`q3d_plugin.analysis.opening.open_bench` gives a :class:`Bench` for a config and a checkpoint. What is
 behind it is written once for each framework, in ``mmdet3d/bench.py`` and ``openpcdet/bench.py``.
 """
 

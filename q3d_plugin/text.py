@@ -1,9 +1,9 @@
-"""Results as text: tables for terminals and logs."""
+"""Results as text: tables for terminals, logs and Markdown."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, List
 
-__all__ = ['text_table']
+__all__ = ['markdown_table', 'text_table']
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[int] = ()) -> str:
@@ -30,3 +30,22 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequ
     ]
     lines.insert(1, '  '.join('-' * w for w in widths))
     return '\n'.join(line.rstrip() for line in lines)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown.
+
+    Args:
+        header: Names of the columns.
+        rows: Cells of the lines, as many as the header has; None becomes an empty cell.
+
+    Examples:
+        >>> print(markdown_table(['recipe', 'mAP'], [['W8A8', '57.8'], ['W4A4', None]]))
+        | recipe | mAP |
+        | --- | --- |
+        | W8A8 | 57.8 |
+        | W4A4 |  |
+    """
+    cells = [header, ['---'] * len(header), *rows]
+    lines = [' | '.join('' if value is None else str(value) for value in line) for line in cells]
+    return '\n'.join(f'| {line} |' for line in lines)

@@ -1,1 +1,1 @@
-"""What quantization does to a detector: sensitivity of its layers, sweeps over recipes, a report of a run."""
+"""The effects of quantization on a detector: sensitivity of layers, sweeps over recipes, reports of runs."""

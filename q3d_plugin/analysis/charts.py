@@ -33,12 +33,13 @@ def png(made, dpi: int = 110) -> bytes:
     return out.getvalue()
 
 
-def sensitivity_chart(rows: Sequence[Dict[str, Any]], most: int = 40) -> bytes:
+def sensitivity_chart(rows: Sequence[Dict[str, Any]], most: int = 40, title: str = '') -> bytes:
     """Bars: the effect of each layer on the outputs, and its own error, the most harmful layer first.
 
     Args:
         rows: Of ``sensitivity.json``, sorted.
         most: How many rows.
+        title: Above it.
     """
     rows = list(rows)[:most]
     made, axes = figure(10, max(2.0, 1.2 + 0.24 * len(rows)))
@@ -59,9 +60,12 @@ def sensitivity_chart(rows: Sequence[Dict[str, Any]], most: int = 40) -> bytes:
     if any(r.get(m[0]) for m in measures for r in rows):
         axes.set_xscale('log')
     axes.set_xlabel('relative L1 against float, quantized alone')
+    axes.set_title(title, fontsize=10, loc='left')
+    axes.margins(y=0.5 / max(len(rows), 1))
     axes.grid(axis='x', alpha=0.3)
     if measures:
-        axes.legend(loc='lower right', fontsize=8)
+        # Above the bars, of which it would cover some.
+        axes.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
     return png(made)
 
 

@@ -1,4 +1,4 @@
-"""What the nuScenes devkit tells of a run's detections: AP by distance, and a frame seen from above."""
+"""A run's detections by way of the nuScenes devkit: AP by distance, and a frame seen from above."""
 
 from collections.abc import Sequence
 from pathlib import Path

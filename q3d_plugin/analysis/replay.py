@@ -18,7 +18,7 @@ __all__ = ['Replay']
 
 
 def _parts(value: Any, out: List) -> List:
-    """What decides whether two arguments are the same: tensors with their versions, and other objects."""
+    """The parts by which two arguments are told apart: tensors with their versions, and other objects."""
     if isinstance(value, Tensor):
         out.append((value, value._version))
     elif hasattr(value, 'features') and hasattr(value, 'indices'):  # a sparse tensor of spconv

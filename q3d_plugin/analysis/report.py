@@ -3,17 +3,17 @@
 import base64
 import html
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Optional
 
-from q3d_plugin import files
 from q3d_plugin.analysis import charts
 from q3d_plugin.analysis.nuscenes import RINGS, Detections, ap_by_distance, frame_from_above
-from q3d_plugin.analysis.sweep import curve_of, heat_map_of
+from q3d_plugin.analysis.run_files import Run, target_of
+from q3d_plugin.analysis.sweep import pictures
 from q3d_plugin.errors import Q3DError
 
-__all__ = ['Run', 'build', 'find_run', 'metrics_of']
+__all__ = ['build']
 
 _STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1080px;padding:0 1em;color:#222}
@@ -29,106 +29,6 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}pre{background:#f5f
 
 class _Html(str):
     """Text that is HTML already; all other text is escaped."""
-
-
-class Run:
-    """The files of a run that were found; each is None where it is not there (yet).
-
-    Attributes:
-        folder: Of the run.
-        run: ``run.json``: recipe, framework, checkpoint and data set.
-        coverage: Rows of ``coverage.json``.
-        histograms: Rows of ``histograms.json``.
-        metrics: mAP, NDS and AP by class.
-        float_metrics: The same of the float model.
-        results: Path of ``results_nusc.json``.
-        sensitivity: ``sensitivity.json``.
-        sweep: ``sweep.json``.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.run: Optional[Dict[str, Any]] = None
-        self.coverage: Optional[List[Dict[str, Any]]] = None
-        self.histograms: Optional[List[Dict[str, Any]]] = None
-        self.metrics: Optional[Dict[str, Any]] = None
-        self.float_metrics: Optional[Dict[str, Any]] = None
-        self.results: Optional[Path] = None
-        self.sensitivity: Optional[Dict[str, Any]] = None
-        self.sweep: Optional[Dict[str, Any]] = None
-
-
-def _newest(folder: Path, name: str) -> Optional[Path]:
-    found = [folder] if folder.is_file() and folder.match(name) else list(folder.rglob(name))
-    return max(found, key=lambda p: p.stat().st_mtime, default=None)
-
-
-def metrics_of(folder: Path) -> Optional[Dict[str, Any]]:
-    """mAP, NDS and AP by class of the newest evaluation below a folder; None where there is none.
-
-    Args:
-        folder: Of a run: the summary of the nuScenes devkit, else the JSON of MMDetection3D's test script.
-    """
-    summary = _newest(folder, 'metrics_summary.json')
-    if summary is not None:
-        found = files.read_json(summary, 'metrics')
-        return {'mAP': found['mean_ap'], 'NDS': found['nd_score'], 'AP': found['mean_dist_aps']}
-    for path in sorted(folder.rglob('*.json'), key=lambda p: p.stat().st_mtime, reverse=True):
-        if path.stem != path.parent.name:
-            continue
-        try:
-            found = json.loads(path.read_text())
-        except ValueError:
-            continue
-        short = {k.rsplit('/', 1)[-1]: v for k, v in found.items()} if isinstance(found, Mapping) else {}
-        if 'mAP' in short:
-            groups: Dict[str, List[float]] = {}
-            for key, value in short.items():
-                if '_AP_dist_' in key:
-                    groups.setdefault(key.split('_AP_dist_')[0], []).append(value)
-            per_class = {c: sum(v) / len(v) for c, v in groups.items()}
-            return {'mAP': short['mAP'], 'NDS': short.get('NDS'), 'AP': per_class}
-    return None
-
-
-def find_run(
-    folder: Path,
-    float_run: Optional[Path] = None,
-    sensitivity: Optional[Path] = None,
-    sweep: Optional[Path] = None,
-) -> Run:
-    """Everything there is of a run.
-
-    Args:
-        folder: Of the run; where it has several of a file, the newest one counts.
-        float_run: Of the run of the float model.
-        sensitivity: Folder of the results of ``tools/sensitivity.py``; ``folder`` where None.
-        sweep: Folder of the results of ``tools/sweep.py``; ``folder`` where None.
-
-    Raises:
-        Q3DError: A folder is missing, or a file cannot be read.
-    """
-    for path in filter(None, (folder, float_run, sensitivity, sweep)):
-        if not path.exists():
-            raise Q3DError(f'report: {str(path)!r} is not there')
-    out = Run(folder)
-
-    def load(name: str, where: Path) -> Any:
-        path = _newest(where, name)
-        return None if path is None else files.read_json(path, 'report')
-
-    out.run = load('run.json', folder)
-    out.coverage = load('coverage.json', folder)
-    out.histograms = load('histograms.json', folder)
-    out.sensitivity = load('sensitivity.json', sensitivity or folder)
-    out.sweep = load('sweep.json', sweep or folder)
-    out.results = _newest(folder, 'results_nusc.json')
-    out.metrics = metrics_of(folder)
-    if float_run is not None:
-        out.float_metrics = metrics_of(float_run)
-    elif out.sweep and (out.sweep.get('float') or {}).get('mAP') is not None:
-        out.float_metrics = out.sweep['float']
-    return out
 
 
 def _text(value: Any, digits: int = 4) -> str:
@@ -189,11 +89,10 @@ def _per_class(run: Run) -> str:
 def _recipe(run: Run) -> str:
     if run.run is None:
         return _missing('run.json is not there: the run has not got as far as calibration.')
-    facts = [
-        [k, run.run.get(k)] for k in ('framework', 'config', 'checkpoint', 'data_root', 'dataset_version')
-    ]
-    text = json.dumps(run.run.get('recipe'), indent=1)
-    return _table(['', ''], [f for f in facts if f[1]]) + f'<pre>{html.escape(text)}</pre>'
+    recipe = run.run.get('recipe')
+    keys = ('framework', 'config', 'checkpoint', 'data_root', 'dataset_version', 'predictions')
+    facts = [['target', target_of(recipe)], *([k, run.run[k]] for k in keys if run.run.get(k))]
+    return _table(['', ''], facts) + f'<pre>{html.escape(json.dumps(recipe, indent=1))}</pre>'
 
 
 def _coverage(run: Run) -> str:
@@ -216,10 +115,19 @@ def _coverage(run: Run) -> str:
     )
 
 
+def _grid_of(row: Mapping[str, Any]) -> str:
+    """The integers that an activation is quantized to, and their range."""
+    integers = f'{"u" if row["unsigned"] else ""}int{row["bits"]}'
+    if row.get('dynamic'):
+        return f'{integers}, dynamic range'
+    if row.get('amax') is not None:
+        return f'{integers}, range {row["amax"]:.4g}'
+    # Early runs did not record which ranges were dynamic.
+    return 'float' if 'dynamic' in row else 'float, or dynamic range'
+
+
 def _histogram(row: Mapping[str, Any]) -> str:
     """One activation as an inline picture: counts on a logarithmic scale, and the end of its range in red."""
-    import math
-
     counts, top = row['counts'], row['top']
     highest = math.log1p(max(counts)) or 1.0
     width, height = 196.0, 62.0
@@ -235,10 +143,8 @@ def _histogram(row: Mapping[str, Any]) -> str:
         line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="#b2182b" stroke-width="1.5"/>'
     drawn = f'<svg width="{width:.0f}" height="{height:.0f}">'
     drawn += f'<polygon points="{" ".join(points)}" fill="#4393c3"/>{line}</svg>'
-    kind = 'float' if row.get('amax') is None else f'{"u" if row["unsigned"] else ""}int{row["bits"]}'
-    kind += '' if row.get('amax') is None else f', range {row["amax"]:.4g}'
     seen = f'seen {row["minimum"]:.4g} to {row["maximum"]:.4g}'
-    return f'<div class="tile">{drawn}<br><b>{html.escape(row["name"])}</b><br>{kind}; {seen}</div>'
+    return f'<div class="tile">{drawn}<br><b>{html.escape(row["name"])}</b><br>{_grid_of(row)}; {seen}</div>'
 
 
 def _histograms(run: Run) -> str:
@@ -252,10 +158,12 @@ def _histograms(run: Run) -> str:
 
 def _sensitivity(run: Run) -> str:
     if run.sensitivity is None:
-        return _missing(
-            'No sensitivity.json; tools/sensitivity.py writes it, --sensitivity names its folder.'
-        )
-    out = _image(charts.sensitivity_chart(run.sensitivity['rows']), 'sensitivity of the layers')
+        return _missing('No sensitivity.json; q3d sensitivity writes it, --sensitivity names its folder.')
+    target = target_of(run.sensitivity.get('recipe'))
+    out = _image(
+        charts.sensitivity_chart(run.sensitivity['rows'], title=f'target {target}'),
+        'sensitivity of the layers',
+    )
     skip = run.sensitivity.get('skip')
     if skip and len(skip['errors']) > 1:
         names = ', '.join(map(html.escape, skip['names']))
@@ -267,31 +175,26 @@ def _sensitivity(run: Run) -> str:
 
 def _sweep(run: Run) -> str:
     if run.sweep is None:
-        return _missing('No sweep.json; tools/sweep.py writes it, --sweep names its folder.')
-    entries, out = run.sweep['entries'], ''
+        return _missing('No sweep.json; q3d sweep writes it, --sweep names its folder.')
+    entries = run.sweep['entries']
     measures = [
         m for m in ('mAP', 'NDS', 'relative_l1') if any((e.get('result') or {}).get(m) for e in entries)
     ]
-    for measure in measures:
-        found = heat_map_of(entries, measure)
-        if found is not None:
-            out += _image(charts.heat_map(*found, measure), f'{measure} of the sweep')
-        lines = curve_of(entries, measure)
-        if lines:
-            reference = (run.sweep.get('float') or {}).get(measure)
-            out += _image(charts.metric_curve(lines, measure, reference), f'{measure} against skipped layers')
-    rows = [[e['name'], *((e.get('result') or {}).get(m) for m in measures)] for e in entries]
-    return out + _table(['recipe', *measures], rows, len(measures))
+    drawn = pictures(run.sweep, measures).items()
+    out = ''.join(_image(content, f'{name} of the sweep') for name, content in drawn)
+    rows = [
+        [e['name'], target_of(e.get('recipe')), *((e.get('result') or {}).get(m) for m in measures)]
+        for e in entries
+    ]
+    return out + _table(['recipe', 'target', *measures], rows, len(measures))
 
 
 def _from_detections(run: Run, data_root: Optional[str], version: Optional[str]) -> Dict[str, str]:
     """The sections that need detections and ground truth."""
     facts = run.run or {}
     data_root, version = data_root or facts.get('data_root'), version or facts.get('dataset_version')
-    reason = ''
-    if run.results is None:
-        reason = 'No results_nusc.json: the run has not been evaluated, or not on nuScenes.'
-    elif not data_root or not version:
+    reason = run.no_results
+    if not reason and not (data_root and version):
         reason = 'The data set of this run is not known; name it by --data-root and --version.'
     if not reason:
         try:
@@ -334,8 +237,9 @@ def build(run: Run, data_root: Optional[str] = None, version: Optional[str] = No
         'Activations': lambda: _histograms(run),
     }
     title = html.escape(f'Quantized run: {run.folder.resolve().name}')
+    target = '' if run.run is None else f'<p>Target: {html.escape(target_of(run.run.get("recipe")))}</p>'
     body = ''.join(f'<h2>{name}</h2>{section()}' for name, section in sections.items())
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<style>{_STYLE}</style></head><body><h1>{title}</h1>{body}</body></html>\n'
+        f'<style>{_STYLE}</style></head><body><h1>{title}</h1>{target}{body}</body></html>'
     )

@@ -1,138 +1,44 @@
-"""What each quantized layer costs: its own error, its effect on the detector's outputs, and a skip list.
+"""The cost of quantizing each layer: its own error, and its effect on the detector's outputs.
 
 The measures are those of the study and of common practice: L1, relative L1, SQNR and cosine of a layer's
 output against float, and the L1 of the detector's raw outputs with that layer quantized alone.
 """
 
-import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from q3d_plugin import lifecycle
 from q3d_plugin.analysis.measures import ErrorSums, OutputError
 from q3d_plugin.analysis.replay import Replay
-from q3d_plugin.calibration import compute_ranges
+from q3d_plugin.analysis.switch import Switch
+from q3d_plugin.bench import Bench
 from q3d_plugin.errors import Q3DError
-from q3d_plugin.layers import QuantUnit, QuantWeightLayer
-from q3d_plugin.quantizer import Mode
+from q3d_plugin.layers import QuantUnit
 from q3d_plugin.recipe import matches
+from q3d_plugin.text import text_table
 
 __all__ = [
-    'LOSS',
-    'RELATIVE_L1',
     'Row',
-    'SkipList',
-    'Switch',
-    'calibrate',
-    'choose_by_metric',
-    'choose_skips',
-    'doubling',
     'float_outputs',
     'groups_of',
     'local_errors',
+    'measure',
     'output_errors',
     'rows_of',
+    'table',
 ]
 
 _BATCHES = Sequence[Any]
 _FORWARD = Callable[[Any], Dict[str, Tensor]]
 
 
-class Switch:
-    """Says which units of a calibrated model quantize; the others compute in float.
-
-    Layers that read one tensor share a quantizer, so a quantizer cannot be switched for one of them. A unit
-    is made float by taking its quantizers from it, and gets the same ones back.
-
-    Args:
-        model: Calibrated.
-
-    Attributes:
-        names: Names of the units that have something to quantize.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._units: Dict[str, QuantUnit] = {}
-        self._kept: Dict[str, Tuple] = {}
-        for name, unit in lifecycle.units(model):
-            if any(q.mode is not Mode.FLOAT and not q._disabled for q in unit.quantizers()):
-                self._units[name] = unit
-                self._kept[name] = (unit.input_quantizer, getattr(unit, 'weight_quantizer', None))
-        self.names: List[str] = list(self._units)
-
-    def unit(self, name: str) -> QuantUnit:
-        """The unit of a name."""
-        return self._units[name]
-
-    def set(self, name: str, quantized: bool) -> None:
-        """Makes one unit quantize or compute in float."""
-        unit = self._units[name]
-        unit.input_quantizer = self._kept[name][0] if quantized else None
-        if isinstance(unit, QuantWeightLayer):
-            unit.weight_quantizer = self._kept[name][1] if quantized else None
-
-    def only(self, names: Collection[str]) -> None:
-        """Makes the units of ``names`` quantize, and no others."""
-        for name in self.names:
-            self.set(name, name in names)
-
-    @contextmanager
-    def restored(self) -> Iterator['Switch']:
-        """Within, units are switched; at the end all of them quantize again."""
-        try:
-            yield self
-        finally:
-            self.only(self.names)
-
-
-def calibrate(model: nn.Module, batches: Iterable, forward: Callable, run: Callable) -> List[str]:
-    """Calibrates, and goes on without the layers whose input holds NaN or Inf, which stay float.
-
-    Args:
-        model: Configured.
-        batches: Re-iterable.
-        forward: For this pass; boxes need not be decoded.
-        run: The strict calibration, tried first.
-
-    Returns:
-        list: Names of the units that a NaN or Inf came to.
-    """
-    try:
-        run()
-        return []
-    except Q3DError:
-        activations = [q for q in lifecycle.quantizers(model) if not q.per_channel]
-        if all(q.finite for q in activations):
-            raise
-    bad = []
-    for quantizer in activations:
-        quantizer.observe()
-    quantizers = [q for q in lifecycle.quantizers(model) if q.per_channel]
-    for quantizer in quantizers:
-        quantizer.disable()
-    with torch.no_grad():
-        for batch in batches:
-            forward(batch)
-    for quantizer in quantizers:
-        quantizer.enable()
-    nonfinite = {id(q) for q in activations if not q.finite}
-    compute_ranges(activations)
-    for name, unit in lifecycle.units(model):
-        if id(unit.input_quantizer) in nonfinite:
-            bad.append(name)
-        if isinstance(unit, QuantWeightLayer) and unit.weight_quantizer is not None:
-            unit.calibrate_weight()
-    return bad
-
-
 def _read(unit: QuantUnit, output: Any) -> Tensor:
-    """What is read of an output: of an addition before a ReLU, what that lets through.
+    """The part of an output that is read: of an addition before a ReLU, what that lets through.
 
     The range of such an addition covers nothing else, and what it does to the rest is no error.
     """
@@ -378,198 +284,80 @@ def groups_of(names: Sequence[str], group: str) -> Dict[str, List[str]]:
     return out
 
 
-RELATIVE_L1 = 'relative L1 of the outputs'
-LOSS = 'points of mAP below float'
-
-
-@dataclass
-class SkipList:
-    """Layers to leave float, and the error that remains.
-
-    Attributes:
-        measure: What the error is: relative L1 of the raw outputs, or points of mAP below float.
-        names: The most harmful first.
-        lengths: How many layers were float where the error was measured.
-        errors: With so many of them float; None where no output is finite.
-        budget: What the error had to come down to.
-        kept: Whether it did.
-    """
-
-    measure: str = RELATIVE_L1
-    names: List[str] = field(default_factory=list)
-    lengths: List[int] = field(default_factory=list)
-    errors: List[Optional[float]] = field(default_factory=list)
-    budget: float = 0.0
-    kept: bool = False
-
-    def to_dict(self) -> Dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
-
-
-def _cost(error: OutputError) -> Tuple:
-    relative = error.relative_l1
-    return (error.nan + error.inf, float('inf') if relative is None else relative)
-
-
-def choose_skips(
+def measure(
+    bench: Bench,
     switch: Switch,
-    replay: Replay,
     batches: _BATCHES,
-    ranking: Sequence[str],
-    budget: float,
-    most: int,
-    candidates: int = 8,
-    trial_frames: int = 1,
-    progress: bool = True,
-) -> SkipList:
-    """Chooses layers to leave float until the error of the outputs is within a budget, as few as it can.
-
-    Layers hide and mend each other's errors: while one of two layers in a row spoils everything, leaving the
-    other one float changes nothing, so a list cannot be grown by what the next layer improves. It is made too
-    long first (the shortest head of the ranking that keeps the budget, by bisection, and no more than twice
-    ``most``); then the layers are given back that, quantized again, do least harm. The choice is made on the
-    first frames; whether the budget is kept is measured on all of them.
+    notes: Mapping[str, str],
+    group: Optional[str] = None,
+    local: bool = False,
+    reverse: bool = False,
+    lap: Callable[[str], None] = lambda name: None,
+) -> Tuple[List[Row], Optional[OutputError]]:
+    """The table of a calibrated detector.
 
     Args:
-        switch: Of the model.
-        replay: Of the same model and its forward pass.
+        bench: The detector.
+        switch: Of its model.
         batches: Frames.
-        ranking: Names, the most harmful first.
-        budget: Relative L1 of the raw outputs.
-        most: The longest list.
-        candidates: How many layers are tried at a step, at least: of the last ones while the list is too
-            long; when it keeps the budget, how many may break it, one after the other, before it is final.
-        trial_frames: How many frames the choice among them is made on.
-        progress: Whether to show a progress bar.
+        notes: What is to be said of some layers; a row for each of them, whether it is quantized or not.
+        group: Rows of groups of layers, see :func:`groups_of`; of single layers where None.
+        local: Whether only the own errors of the layers are wanted, which takes one pass.
+        reverse: Whether everything quantized but one is wanted too.
+        lap: Called with the name of each part when it is done.
+
+    Returns:
+        tuple: Rows, and the error of the outputs with everything quantized where ``reverse`` measured it.
+
+    Raises:
+        Q3DError: A pattern of ``group`` matches nothing.
     """
-    everything = set(switch.names)
-    references = float_outputs(switch, replay.forward, batches)
-    measured: Dict[Collection[str], OutputError] = {}
-
-    def error_of(names: Sequence[str]) -> OutputError:
-        key = frozenset(names)
-        if key not in measured:
-            quantized = everything.difference(key)
-            measured[key] = _output_error(switch, replay.forward, batches, quantized, references)
-        bar.set_postfix(float=len(key), error=measured[key].relative_l1)
-        bar.update()
-        return measured[key]
-
-    def kept(names: Sequence[str]) -> bool:
-        return _cost(error_of(names)) <= (0, budget)
-
-    def least_harmful(names: Sequence[str], tried: Sequence[str]) -> List[str]:
-        """``tried``, sorted by the error that is left when each is quantized again, the other names not."""
-        base = everything.difference(names)
-        variants = {n: base | {n} for n in tried}
-        found, _ = output_errors(switch, replay, batches[:trial_frames], variants, base, references)
-        bar.update(len(tried))
-        return sorted(tried, key=lambda n: _cost(found[n]))
-
-    with tqdm(desc='skip list', unit='pass', disable=not progress) as bar:
-        high, _ = _shortest(min(len(ranking), 2 * most), lambda length: kept(ranking[:length]))
-        names = list(ranking[:high])
-        while len(names) > most:
-            # Half of what is too much at once: as many steps as the excess has binary digits.
-            many = (len(names) - most + 1) // 2
-            back = least_harmful(names, names[-max(candidates, 2 * many) :])[:many]
-            names = [n for n in names if n not in back]
-        keeps, refused = kept(names), 0
-        for name in least_harmful(names, names) if keeps and names else ():
-            shorter = [n for n in names if n != name]
-            if kept(shorter):
-                names, refused = shorter, 0
-            else:
-                refused += 1
-            if refused == candidates:
-                break  # the rest does more harm
-        lengths = doubling(len(names))
-        errors = [error_of(names[:i]).relative_l1 for i in lengths]
-    return SkipList(names=names, lengths=lengths, errors=errors, budget=budget, kept=keeps)
+    if group:
+        variants = groups_of(switch.names, group)
+        kinds, notes = {name: f'{len(members)} layers' for name, members in variants.items()}, {}
+    else:
+        variants = {name: [name] for name in switch.names}
+        found = lifecycle.units(bench.model)
+        kinds = {name: unit.kind for name, unit in found if name in variants or name in notes}
+    own = {} if group else local_errors(switch, bench.forward, batches)
+    lap('own errors')
+    if local:
+        return rows_of(kinds, own, {}, {}, notes), None
+    replay = Replay(bench.model, bench.forward)
+    alone, _ = output_errors(switch, replay, batches, variants, progress='quantized alone')
+    lap('effect on the outputs')
+    if not reverse:
+        return rows_of(kinds, own, alone, {}, notes), None
+    others = {name: set(switch.names).difference(members) for name, members in variants.items()}
+    without, everything = output_errors(switch, replay, batches, others, switch.names, progress='all but one')
+    lap('all but one')
+    return rows_of(kinds, own, alone, without, notes), everything
 
 
-def choose_by_metric(
-    switch: Switch,
-    evaluate: Callable[[], float],
-    reference: float,
-    ranking: Sequence[str],
-    budget: float,
-    most: int,
-    progress: bool = True,
-) -> SkipList:
-    """The shortest head of a ranking whose layers, left float, bring mAP near enough to that of float.
-
-    Lengths double until one does, and bisection between it and the one before finds the shortest: at most two
-    evaluations for each binary digit of ``most``. Where mAP is noisy, and does not rise with every layer, the
-    list is one that was measured to do, and perhaps not the shortest.
-
-    Args:
-        switch: Of the model.
-        evaluate: Gives mAP, from 0 to 1, of the model as it is.
-        reference: mAP of the float model.
-        ranking: Names, the most harmful first.
-        budget: How many points (hundredths) of mAP may be lost.
-        most: The longest list.
-        progress: Whether to show a progress bar.
-    """
-    losses: Dict[int, float] = {}
-    everything = set(switch.names)
-
-    def kept(length: int) -> bool:
-        with switch.restored():
-            switch.only(everything.difference(ranking[:length]))
-            losses[length] = 100 * (reference - evaluate())
-        bar.set_postfix(float=length, loss=losses[length])
-        bar.update()
-        return losses[length] <= budget
-
-    with tqdm(desc='skip list by mAP', unit='evaluation', disable=not progress) as bar:
-        high, found = _shortest(min(len(ranking), most), kept)
-    lengths = sorted(losses)
-    errors = [losses[n] for n in lengths]
-    return SkipList(LOSS, list(ranking[:high]), lengths, errors, budget, found)
+_COLUMNS = (
+    ('l1', 'L1', '.3g'),
+    ('relative_l1', 'rel. L1', '.4f'),
+    ('sqnr_db', 'SQNR dB', '.1f'),
+    ('cosine', 'cosine', '.5f'),
+    ('nan', 'NaN', 'd'),
+    ('inf', 'Inf', 'd'),
+    ('float_nonfinite', 'bad float', 'd'),
+    ('output_l1', 'out L1', '.3g'),
+    ('output_relative_l1', 'out rel.', '.5f'),
+    ('output_nan', 'out NaN', 'd'),
+    ('output_inf', 'out Inf', 'd'),
+    ('reverse_relative_l1', 'without it', '.5f'),
+)
 
 
-def _shortest(most: int, kept: Callable[[int], bool]) -> Tuple[int, bool]:
-    """The least length that is ``kept``, and True; ``most`` and False where it is not.
-
-    Lengths double until one is kept, then bisection goes on between it and the one before.
-    """
-    low, high, found = 0, 0, False
-    for length in doubling(most):
-        low, high, found = high, length, kept(length)
-        if found:
-            break
-    while found and high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if kept(middle) else (middle, high)
-    return high, found
-
-
-def doubling(most: int) -> List[int]:
-    """Lengths to measure a list at: few, but all of the short ones.
-
-    Examples:
-        >>> doubling(20)
-        [0, 1, 2, 4, 8, 16, 20]
-    """
-    powers = itertools.takewhile(lambda n: n < most, (2**i for i in itertools.count()))
-    return sorted({0, *powers, most})
-
-
-@torch.no_grad()
-def _output_error(
-    switch: Switch,
-    forward: _FORWARD,
-    batches: _BATCHES,
-    quantized: Collection[str],
-    references: Sequence[Mapping[str, Tensor]],
-) -> OutputError:
-    """Error of the raw outputs with these units quantized, by whole passes."""
-    error = OutputError()
-    with switch.restored():
-        switch.only(quantized)
-        for batch, reference in zip(batches, references):
-            error.add(reference, forward(batch))
-    return error
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text; columns that say nothing of any of them are left out."""
+    shown = [c for c in _COLUMNS if any(getattr(r, c[0]) is not None for r in rows)]
+    shown = [c for c in shown if c[2] != 'd' or any(getattr(r, c[0]) for r in rows) or c[0] in ('nan', 'inf')]
+    lines = []
+    for row in rows:
+        values = [(getattr(row, key), form) for key, _, form in shown]
+        cells = [None if value is None else format(value, form) for value, form in values]
+        lines.append([row.name, row.kind, *cells, row.note])
+    header = ['layer', 'type', *(title for _, title, _ in shown), 'note']
+    return text_table(header, lines, right=range(2, 2 + len(shown)))

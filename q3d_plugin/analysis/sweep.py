@@ -1,303 +1,35 @@
-"""Recipes over a grid, and results that survive an interruption."""
+"""Results of a sweep: kept in a file that survives an interruption, and shown as tables and pictures."""
 
-import copy
-import dataclasses
 import hashlib
-import itertools
 import json
-import runpy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-import numpy as np
-
-from q3d_plugin import files
-from q3d_plugin.errors import Q3DError, near_matches
+from q3d_plugin import files, lifecycle
+from q3d_plugin.analysis import charts
+from q3d_plugin.analysis.measures import OutputError
+from q3d_plugin.analysis.plans import AT_RANDOM, BY_RANK, Entry, word_of
+from q3d_plugin.analysis.run_files import target_of
+from q3d_plugin.bench import Bench
+from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
+from q3d_plugin.text import text_table
 
 __all__ = [
-    'Entry',
+    'MEASURES',
     'Results',
-    'changed',
     'curve_of',
-    'expand',
+    'digest',
     'heat_map_of',
-    'known_keys',
-    'parse_grid',
-    'read_plan',
-    'skip_entries',
+    'measure_l1',
+    'pictures',
+    'rows_of',
+    'table',
 ]
 
-BASE = 'base'
-"""As a value: what the config's recipe has."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A recipe to try.
-
-    Attributes:
-        name: For tables.
-        values: What differs from the base recipe: dotted key -> value; empty for a named recipe.
-        recipe: Validated.
-        curve: Of recipes with a skip list: ``line`` (how it was chosen) and ``skipped`` (how many layers).
-    """
-
-    name: str
-    values: Dict[str, Any]
-    recipe: Recipe
-    curve: Optional[Dict[str, Any]] = None
-
-
-def known_keys() -> List[str]:
-    """The dotted keys of a recipe.
-
-    Examples:
-        >>> [k for k in known_keys() if k.startswith('weight')]
-        ['weight.bits', 'weight.calibrator', 'weight.percentile', 'weight']
-    """
-    import typing
-
-    out = []
-    hints = typing.get_type_hints(Recipe)
-    for spec in dataclasses.fields(Recipe):
-        kinds = [hints[spec.name], *typing.get_args(hints[spec.name])]
-        inner = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
-        if inner is not None:
-            out += [f'{spec.name}.{f.name}' for f in dataclasses.fields(inner)]
-        out.append(spec.name)
-    return out
-
-
-def _check_key(key: str, place: str) -> None:
-    known = known_keys()
-    if key not in known:
-        near = near_matches(key, known)
-        tails = [k for k in known if k.rsplit('.', 1)[-1] == key.rsplit('.', 1)[-1]]
-        if '; did' not in near and tails:
-            near = '; did you mean ' + ', '.join(map(repr, tails)) + '?'
-        raise Q3DError(f'{place}: unknown key {key!r}{near}')
-
-
-def _value(text: str, key: str, folder: Path) -> Any:
-    if text.startswith('@'):
-        return files.read_json(folder / text[1:], f'--grid: {key}')
-    words = {'none': None, 'null': None, 'true': True, 'false': False}
-    if text.lower() in words:
-        value = words[text.lower()]
-        return [] if value is None and key in ('skip', 'overrides') else value
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return [text] if key == 'skip' and text != BASE else text
-
-
-def parse_grid(arguments: Sequence[str]) -> Tuple[Dict[str, List[Any]], List[Dict[str, Any]]]:
-    """The grid and the named recipes of a command line.
-
-    Args:
-        arguments: ``key=value,value``, or files: ``.json`` or ``.py``, see :func:`read_plan`. A value is a
-            number, ``true``, ``false``, ``none``, a word, ``base`` (what the config has) or ``@file.json``.
-
-    Returns:
-        tuple: Dotted key -> values, and recipes with their names.
-
-    Raises:
-        Q3DError: A key is unknown, or a file cannot be read.
-
-    Examples:
-        >>> parse_grid(['weight.bits=8,4', 'smoothquant.alpha=none,0.5'])[0]['weight.bits']
-        [8, 4]
-    """
-    grid: Dict[str, List[Any]] = {}
-    named: List[Dict[str, Any]] = []
-    for argument in arguments:
-        key, equals, text = argument.partition('=')
-        if not equals:
-            more, recipes = read_plan(Path(argument))
-            grid.update(more)
-            named += recipes
-            continue
-        key = key.lower()
-        _check_key(key, '--grid')
-        grid[key] = [_value(item, key, Path()) for item in text.split(',')]
-    return grid, named
-
-
-def read_plan(path: Path) -> Tuple[Dict[str, List[Any]], List[Dict[str, Any]]]:
-    """Grid and named recipes of a file.
-
-    Args:
-        path: A ``.py`` file with variables ``grid`` (dotted key -> list of values) or ``recipes`` (list of
-            dictionaries, each with a ``name`` and what changes of the config's recipe, as nested dictionaries
-            or dotted keys), or a ``.json`` file with those keys.
-
-    Raises:
-        Q3DError: It cannot be read, or has neither, or a key is unknown.
-    """
-    place = f'--grid {str(path)!r}'
-    if path.suffix not in ('.py', '.json'):
-        raise Q3DError(f'--grid: {str(path)!r} was given; key=value,value or a .py or .json file would work')
-    if not path.is_file():
-        raise Q3DError(f'{place}: no such file (looked in {Path.cwd()})')
-    if path.suffix == '.json':
-        content = files.read_json(path, place)
-    else:
-        try:
-            content = runpy.run_path(str(path))
-        except Exception as error:  # whatever a Python file can raise
-            raise Q3DError(f'{place}: {type(error).__name__}: {error}') from error
-    if not isinstance(content, Mapping) or not (content.get('grid') or content.get('recipes')):
-        raise Q3DError(f"{place}: it has neither 'grid' nor 'recipes'")
-    grid = {}
-    for key, values in (content.get('grid') or {}).items():
-        _check_key(key, place)
-        if not isinstance(values, (list, tuple)) or not values:
-            raise Q3DError(f'{place}: {key}: {values!r} was given; a list of values would work')
-        loaded = [isinstance(v, str) and v.startswith('@') for v in values]
-        grid[key] = [_value(v, key, path.parent) if at else v for v, at in zip(values, loaded)]
-    named = []
-    for i, recipe in enumerate(content.get('recipes') or []):
-        if not isinstance(recipe, Mapping) or not isinstance(recipe.get('name'), str):
-            raise Q3DError(f'{place}: recipes[{i}] has no name')
-        named.append(dict(recipe))
-    return grid, named
-
-
-def changed(base: Mapping, values: Mapping[str, Any]) -> Dict[str, Any]:
-    """A recipe in plain form with some dotted keys set.
-
-    None for a key inside a section sets the whole section to None, so that ``weight.bits=none`` leaves the
-    weights float and ``smoothquant.alpha=none`` smooths nothing; other keys of that section have no meaning
-    then.
-
-    Args:
-        base: Plain form, see :meth:`q3d_plugin.recipe.Recipe.to_dict`; not changed.
-        values: Dotted key -> value; ``'base'`` leaves a key as it is.
-
-    Examples:
-        >>> changed({'weight': {'bits': 8}}, {'weight.bits': 4})
-        {'weight': {'bits': 4}}
-        >>> changed({'weight': {'bits': 8}}, {'weight.bits': None, 'weight.calibrator': 'mse'})
-        {'weight': None}
-    """
-    out = copy.deepcopy(dict(base))
-    values = {k: v for k, v in values.items() if not (isinstance(v, str) and v == BASE)}
-    # Sections that become None last: no other key may bring them back.
-    for key, value in sorted(values.items(), key=lambda item: item[1] is None):
-        section, _, inner = key.partition('.')
-        if not inner:
-            out[section] = value
-        elif value is None:
-            out[section] = None
-        else:
-            out[section] = {**(out.get(section) or {}), inner: value}
-    return out
-
-
-def _flat(recipe: Mapping) -> Dict[str, Any]:
-    """Nested dictionaries of a named recipe as dotted keys."""
-    out = {}
-    for key, value in recipe.items():
-        if isinstance(value, Mapping):
-            out.update({f'{key}.{k}': v for k, v in value.items()})
-        else:
-            out[key] = value
-    return out
-
-
-def _word(value: Any, key: str) -> str:
-    if key == 'skip' and isinstance(value, (list, tuple)):
-        return f'{len(value)} patterns' if value else 'none'
-    if value is None:
-        return 'none'
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def expand(base: Recipe, grid: Mapping[str, Sequence[Any]], named: Sequence[Mapping]) -> List[Entry]:
-    """Every recipe of a grid, then the named ones; each recipe once.
-
-    Args:
-        base: The config's recipe.
-        grid: Dotted key -> values.
-        named: Recipes with names.
-
-    Raises:
-        Q3DError: A value is out of range; the entry is named.
-    """
-    plain, entries = base.to_dict(), []
-    combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())] if grid else []
-    wanted = [(', '.join(f'{k}={_word(v, k)}' for k, v in c.items()), c, c) for c in combinations]
-    for recipe in named:
-        values = _flat({k: v for k, v in recipe.items() if k != 'name'})
-        for key in values:
-            _check_key(key, f'recipe {recipe["name"]!r}')
-        wanted.append((recipe['name'], {}, values))
-    names, seen = set(), set()
-    for name, shown, values in wanted:
-        try:
-            recipe = Recipe.from_dict(changed(plain, values))
-        except Q3DError as error:
-            raise Q3DError(f'{error} (in the sweep: {name})') from error
-        key = json.dumps(recipe.to_dict(), sort_keys=True)
-        if key in seen:
-            continue
-        if name in names:
-            name = f'{name} ({len(names)})'
-        seen.add(key)
-        names.add(name)
-        entries.append(Entry(name, dict(shown), recipe))
-    if not entries:
-        raise Q3DError('--grid: it has not one recipe; such as weight.bits=8,4 would work')
-    return entries
-
-
-PROPOSED = 'proposed by sensitivity'
-BY_RANK = 'the most harmful'
-AT_RANDOM = 'at random'
-
-
-def skip_entries(
-    base: Recipe, sensitivity: Mapping[str, Any], lengths: Sequence[int], draws: int, place: str
-) -> List[Entry]:
-    """Recipes that leave more and more layers float: by the ranking, and at random to compare.
-
-    Args:
-        base: What the other layers have.
-        sensitivity: Content of ``sensitivity.json``.
-        lengths: How many layers.
-        draws: How many random orders.
-        place: The file, for messages.
-
-    Raises:
-        Q3DError: The file ranks no layers.
-    """
-    rows = sensitivity.get('rows') if isinstance(sensitivity, Mapping) else None
-    if not rows or not all('name' in row and 'kind' in row for row in rows):
-        raise Q3DError(
-            f'--skip-curve: {place!r} ranks no layers; sensitivity.json of tools/sensitivity.py does'
-        )
-    names = [row['name'] for row in rows]
-    orders = [(BY_RANK, names)]
-    for seed in range(draws):
-        order = np.random.default_rng(seed).permutation(len(names))
-        orders.append((f'{AT_RANDOM} {seed}', [names[i] for i in order]))
-    lists = [(line, order[:n]) for n in dict.fromkeys(lengths) for line, order in orders if n <= len(names)]
-    proposed = (sensitivity.get('skip') or {}).get('names')
-    if proposed:
-        lists.append((PROPOSED, proposed))
-    entries, seen = [], set()
-    for line, skipped in lists:
-        recipe = dataclasses.replace(base, skip=(*base.skip, *sorted(skipped)))
-        title = f'{len(skipped)} layers float, {line}' if skipped else 'none left float'
-        if recipe.skip not in seen:
-            entries.append(Entry(title, {}, recipe, {'line': line, 'skipped': len(skipped)}))
-        seen.add(recipe.skip)
-    return entries
+MEASURES = {'map': ('mAP', 'NDS'), 'l1': ('relative_l1',)}
+"""The measures of a result, by metric: the framework's own, or the error of the raw outputs."""
 
 
 def curve_of(entries: Sequence[Mapping[str, Any]], measure: str) -> Dict[str, List[Tuple[int, float]]]:
@@ -341,8 +73,7 @@ class Results:
 
     def __init__(self, path: Path, made_of: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        # As JSON has it: a tuple comes back as a list.
-        made_of = json.loads(json.dumps(made_of))
+        made_of = files.plain(made_of)
         self.content: Dict[str, Any] = {'made_of': made_of, 'float': None, 'entries': []}
         if self.path.exists():
             found = files.read_json(self.path, 'sweep')
@@ -363,7 +94,7 @@ class Results:
 
     def result_of(self, recipe: Recipe) -> Optional[Dict[str, Any]]:
         """The entry of a recipe that has a result."""
-        plain = json.loads(json.dumps(recipe.to_dict()))
+        plain = recipe.to_dict()
         done = (e for e in self.content['entries'] if e['recipe'] == plain and e.get('result'))
         return next(done, None)
 
@@ -381,7 +112,7 @@ class Results:
             seconds: How long it took.
             error: Why it failed.
         """
-        plain = json.loads(json.dumps(entry.recipe.to_dict()))
+        plain = entry.recipe.to_dict()
         self.content['entries'] = [e for e in self.content['entries'] if e['recipe'] != plain]
         made = {'name': entry.name, 'values': entry.values, 'recipe': plain, 'result': result}
         if entry.curve is not None:
@@ -409,10 +140,13 @@ def heat_map_of(
         return None
     of_grid = [e for e in entries if e['values']]
     if len(of_grid) < 2:
-        return [[e['result'][measure]] for e in entries], [e['name'] for e in entries], [measure]
+        targets = [target_of(e.get('recipe')) for e in entries]
+        several = len(set(targets)) > 1
+        names = [f'{e["name"]} ({t})' if several else e['name'] for e, t in zip(entries, targets)]
+        return [[e['result'][measure]] for e in entries], names, [measure]
     entries = of_grid
     keys = list(dict.fromkeys(k for e in entries for k in e['values']))
-    words = [{k: _word(e['values'].get(k), k) for k in keys} for e in entries]
+    words = [{k: word_of(e['values'].get(k), k) for k in keys} for e in entries]
     counts = {k: len({w[k] for w in words}) for k in keys}
     across = max(keys, key=lambda k: counts[k])
     down = [k for k in keys if k != across and counts[k] > 1]
@@ -423,3 +157,88 @@ def heat_map_of(
     for entry, word, label in zip(entries, words, labels):
         values[rows.index(label)][columns.index(f'{across}={word[across]}')] = entry['result'][measure]
     return values, rows, columns
+
+
+def measure_l1(bench: Bench, frames: int) -> Callable[[], Dict[str, Any]]:
+    """A function that compares the model as it is with the float one, whose outputs are computed here once.
+
+    Args:
+        bench: Configured.
+        frames: How many frames of the recipe's calibration split.
+    """
+    spec = bench.recipe.calibration
+    batches = list(bench.frames(spec.split, frames, spec.seed))
+    lifecycle.set_enabled(bench.model, False)
+    references = [{k: v.clone() for k, v in bench.forward(b).items()} for b in batches]
+
+    def measure() -> Dict[str, Any]:
+        error = OutputError()
+        for reference, batch in zip(references, batches):
+            error.add(reference, bench.forward(batch))
+        return {'relative_l1': error.relative_l1, 'l1': error.l1, 'nan': error.nan, 'inf': error.inf}
+
+    return measure
+
+
+def rows_of(content: Mapping[str, Any], metric: str) -> List[Dict[str, Any]]:
+    """A line for each recipe: name, target and measures.
+
+    Args:
+        content: Of :attr:`Results.content`.
+        metric: A key of :data:`MEASURES`.
+    """
+    return [
+        {
+            'name': entry['name'],
+            'target': target_of(entry.get('recipe')),
+            **{m: (entry.get('result') or {}).get(m) for m in MEASURES[metric]},
+        }
+        for entry in content['entries']
+    ]
+
+
+def table(content: Mapping[str, Any], metric: str) -> str:
+    """The results as text, with the difference to float.
+
+    Args:
+        content: Of :attr:`Results.content`.
+        metric: A key of :data:`MEASURES`.
+    """
+    measures, reference = MEASURES[metric], content.get('float') or {}
+    compared = [m for m in measures if metric == 'map' and reference.get(m) is not None]
+    lines = []
+    for entry in [{'name': 'float', 'result': reference}, *content['entries']]:
+        result = entry.get('result') or {}
+        target = target_of(entry['recipe']) if 'recipe' in entry else ''
+        line = [entry['name'], target]
+        line += ['-' if result.get(m) is None else f'{result[m]:.4f}' for m in measures]
+        line += ['-' if result.get(m) is None else f'{result[m] - reference[m]:+.4f}' for m in compared]
+        bad = (result.get('nan') or 0) + (result.get('inf') or 0)
+        notes = [f'{bad} NaN/Inf' if bad else '', entry.get('error') or '']
+        lines.append([*line, '; '.join(filter(None, notes))])
+    header = ['recipe', 'target', *measures, *(f'{m} - float' for m in compared), 'note']
+    if not any(line[-1] for line in lines):
+        header, lines = header[:-1], [line[:-1] for line in lines]
+    return text_table(header, lines, right=range(2, 2 + len(measures) + len(compared)))
+
+
+def pictures(content: Mapping[str, Any], measures: Sequence[str]) -> Dict[str, bytes]:
+    """Maps of the measures, and curves over the lengths of skip lists: name of the picture -> PNG.
+
+    Args:
+        content: Of :attr:`Results.content`.
+        measures: Keys of the results; those that no result has are passed over.
+    """
+    out, entries = {}, content['entries']
+    targets = {target_of(e.get('recipe')) for e in entries}
+    words = f', target {targets.pop()}' if len(targets) == 1 else ''
+    for measure in measures:
+        reference = (content.get('float') or {}).get(measure)
+        found = heat_map_of(entries, measure)
+        if found is not None:
+            title = measure + (f' (float {reference:.4f})' if reference is not None else '') + words
+            out[measure] = charts.heat_map(*found, title)
+        lines = curve_of(entries, measure)
+        if lines:
+            out[f'skip_{measure}'] = charts.metric_curve(lines, measure, reference)
+    return out

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from q3d_plugin import checkpoints, lifecycle
-from q3d_plugin.analysis import command
-from q3d_plugin.analysis.command import open_bench
+from q3d_plugin.analysis.opening import open_bench
 from q3d_plugin.bench import Bench
+from q3d_plugin.commands import _common
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import replacing
 from q3d_plugin.layers import QuantWeightLayer
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> str:
         )
     if not args.out.parent.is_dir():
         raise Q3DError(f'{args.out}: the folder {args.out.parent} does not exist')
-    bench = open_bench(args.config, args.checkpoint, command.options_of(args))
+    bench = open_bench(args.config, args.checkpoint, _common.options_of(args))
     content = torch.load(find_shipped(args.checkpoint), map_location='cpu', weights_only=True)
     key = 'state_dict' if 'state_dict' in content else 'model_state'
     if checkpoints.is_quantized_checkpoint(content[key]):

@@ -103,11 +103,12 @@ class QuantHook(Hook):
         Args:
             runner (Runner): The runner of the testing process.
         """
-        self._ensure_calibrated(runner)
+        # Before the record of the run is written, which says where its detections go.
         for metric in runner.test_loop.evaluator.metrics:
             # MMDetection3D throws nuScenes detections away unless told where to keep them.
             if getattr(metric, 'jsonfile_prefix', '') is None:
                 metric.jsonfile_prefix = os.path.join(runner.log_dir, 'predictions')
+        self._ensure_calibrated(runner)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Adds the recipe to a training checkpoint, so that it is recognised as quantized.
@@ -165,10 +166,15 @@ def _facts(runner) -> Dict:
     """What the record of a run says beside the recipe."""
     dataset = (runner.cfg.get('test_dataloader') or {}).get('dataset') or {}
     root = dataset.get('data_root')
+    # The loop is a part of the config until it is built, which a training need not do.
+    evaluator = getattr(runner._test_loop, 'evaluator', None)
+    folders = [getattr(m, 'jsonfile_prefix', None) for m in getattr(evaluator, 'metrics', ())]
+    predictions = next(filter(None, folders), None)
     return {
         'framework': 'mmdet3d',
         'config': runner.cfg.filename,
         'checkpoint': runner._load_from and str(runner._load_from),
         'data_root': root and os.path.abspath(root),
         'dataset_version': (dataset.get('metainfo') or {}).get('version', 'v1.0-trainval'),
+        'predictions': predictions and os.path.abspath(predictions),
     }

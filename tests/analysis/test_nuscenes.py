@@ -1,9 +1,6 @@
 """AP by distance and the frame from above, beside the nuScenes devkit."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,16 +16,12 @@ from nuscenes.eval.detection.evaluate import DetectionEval
 from q3d_plugin.analysis import nuscenes as analysis
 from q3d_plugin.errors import Q3DError
 
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 VERSION = 'v1.0-mini'
 
 
 @pytest.fixture(scope='module')
-def root(tmp_path_factory):
-    out = tmp_path_factory.mktemp('distance') / 'set'
-    scenes = ('--train-scenes', '1', '--val-scenes', '1', '--frames', '4')
-    subprocess.run([sys.executable, str(TOOLS / 'toy_nuscenes'), '--out', str(out), *scenes], check=True)
-    return out
+def root(toy_nuscenes):
+    return toy_nuscenes
 
 
 @pytest.fixture(scope='module')

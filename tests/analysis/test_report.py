@@ -7,11 +7,11 @@ import pytest
 
 pytest.importorskip('matplotlib')
 
-from analysis_toys import ToyBench
+from analysis_toys import ToyBench, toy_recipe
 
 from q3d_plugin import lifecycle
 from q3d_plugin.analysis import report
-from q3d_plugin.errors import Q3DError
+from q3d_plugin.analysis.run_files import find_run
 from q3d_plugin.run_record import write_run
 
 SUMMARY = {'mean_ap': 0.5, 'nd_score': 0.6, 'mean_dist_aps': {'car': 0.7, 'bus': 0.3}}
@@ -52,7 +52,7 @@ def run_dir(tmp_path):
 
 
 def test_an_empty_folder_says_what_is_not_there(tmp_path):
-    page = report.build(report.find_run(tmp_path))
+    page = report.build(find_run(tmp_path))
     assert not Links(page).open and not Links(page).fetched
     for words in (
         'Not evaluated yet',
@@ -64,7 +64,7 @@ def test_an_empty_folder_says_what_is_not_there(tmp_path):
 
 
 def test_a_run_that_is_calibrated_but_not_evaluated_shows_what_there_is(run_dir):
-    page = report.build(report.find_run(run_dir))
+    page = report.build(find_run(run_dir))
     assert not Links(page).open and not Links(page).fetched
     assert 'Not evaluated yet' in page
     assert '&lt;a&amp;b&gt;.py' in page and '<a&b>' not in page
@@ -78,16 +78,10 @@ def test_a_finished_run_is_compared_with_float(run_dir, tmp_path):
     write(run_dir / 'predictions', metrics_summary=SUMMARY)
     better = {**SUMMARY, 'mean_ap': 0.52, 'mean_dist_aps': {'car': 0.75, 'bus': 0.29}}
     write(tmp_path / 'float', metrics_summary=better)
-    page = report.build(report.find_run(run_dir, tmp_path / 'float'))
+    page = report.build(find_run(run_dir, tmp_path / 'float'))
     assert not Links(page).open
     assert '0.5000' in page and '0.5200' in page and '-0.0200' in page
     assert '-0.0500' in page and '+0.0100' in page
-
-
-def test_metrics_of_mmdetection3d(tmp_path):
-    content = {'m/NDS': 0.4, 'm/mAP': 0.3, 'm/car_AP_dist_0.5': 0.2, 'm/car_AP_dist_1.0': 0.6}
-    write(tmp_path / '2026', **{'2026': content, 'other': {'m/mAP': 0.9}})
-    assert report.metrics_of(tmp_path) == {'mAP': 0.3, 'NDS': 0.4, 'AP': {'car': pytest.approx(0.4)}}
 
 
 def test_sensitivity_and_sweep_from_other_folders(run_dir, tmp_path):
@@ -105,14 +99,46 @@ def test_sensitivity_and_sweep_from_other_folders(run_dir, tmp_path):
         {'name': f'weight.bits={b}', 'values': {'weight.bits': b}, 'result': {'mAP': b / 10}} for b in (8, 4)
     ]
     write(tmp_path / 'sweep', sweep={'made_of': {}, 'float': {'mAP': 0.9}, 'entries': entries})
-    page = report.build(report.find_run(run_dir, None, tmp_path / 'sens', tmp_path / 'sweep'))
+    page = report.build(find_run(run_dir, None, tmp_path / 'sens', tmp_path / 'sweep'))
     assert not Links(page).open and not Links(page).fetched
     assert page.count('data:image/png;base64,') == 3
 
 
-def test_a_folder_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(Q3DError, match='nowhere'):
-        report.find_run(tmp_path / 'nowhere')
+@pytest.mark.parametrize(
+    'activation, words',
+    [
+        ({'range': 'dynamic', 'unsigned': False}, 'int8, dynamic range'),
+        ({'range': 'dynamic', 'unsigned': True}, 'uint8, dynamic range'),
+        ({'bits': 6}, 'int6, range '),
+    ],
+)
+def test_inputs_are_named_by_what_they_are_quantized_to(tmp_path, activation, words):
+    bench = ToyBench(recipe=toy_recipe(activation=activation))
+    bench.prepare(bench.recipe)
+    write_run(str(tmp_path), bench.model, bench.recipe, {'framework': 'toy'})
+    page = report.build(find_run(tmp_path))
+    assert page.count('<svg') == page.count(f'{words}') > 0
+    assert 'float; seen' not in page
+
+
+def test_inputs_of_early_runs_are_not_called_float(run_dir):
+    path = next(run_dir.rglob('histograms.json'))
+    rows = [{k: v for k, v in row.items() if k != 'dynamic'} for row in json.loads(path.read_text())]
+    write(path.parent, histograms=[{**row, 'amax': None} for row in rows])
+    page = report.build(find_run(run_dir))
+    assert page.count('float, or dynamic range; seen') == len(rows)
+
+
+def test_the_target_is_shown(run_dir):
+    path = next(run_dir.rglob('run.json'))
+    record = json.loads(path.read_text())
+    for recipe, words in (({'target': 'openvino'}, 'openvino'), ({}, 'not recorded')):
+        write(path.parent, run={**record, 'recipe': recipe})
+        entries = [{'name': 'W8A8', 'values': {}, 'recipe': recipe, 'result': {'mAP': 0.5}}]
+        write(path.parent, sweep={'made_of': {}, 'float': None, 'entries': entries})
+        page = report.build(find_run(run_dir))
+        assert f'<p>Target: {words}</p>' in page
+        assert f'<td>W8A8</td><td>{words}</td>' in page
 
 
 def test_histograms_hold_every_value_and_end_above_the_largest(run_dir):

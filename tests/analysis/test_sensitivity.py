@@ -1,16 +1,15 @@
 """Own errors of one pass and effects of partial passes against layers that are quantized alone by hand."""
 
-import itertools
-
 import pytest
 import torch
-from analysis_toys import ToyBench
+from analysis_toys import by_hand, calibrated_bench
 from torch import nn
 
 from q3d_plugin import lifecycle
 from q3d_plugin.analysis import sensitivity
-from q3d_plugin.analysis.measures import ErrorSums, OutputError
+from q3d_plugin.analysis.measures import ErrorSums
 from q3d_plugin.analysis.replay import Replay
+from q3d_plugin.analysis.switch import Switch
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers import QuantAdd
 from q3d_plugin.recipe import Recipe
@@ -18,27 +17,11 @@ from q3d_plugin.recipe import Recipe
 
 @pytest.fixture
 def bench():
-    bench = ToyBench(recipe=Recipe.from_dict({'weight': {'bits': 4}, 'calibration': {'frames': 3}}))
-    bench.prepare(bench.recipe)
-    return bench
-
-
-def by_hand(bench, names, batches):
-    """Error of the outputs of a fresh model of which only ``names`` have quantizers."""
-    everything = [n for n, _ in lifecycle.units(bench.model)]
-    plain = {**bench.recipe.to_dict(), 'skip': [n for n in everything if n not in names]}
-    other = ToyBench(recipe=Recipe.from_dict(plain))
-    other.prepare(other.recipe)
-    error = OutputError()
-    switch = sensitivity.Switch(bench.model)
-    references = sensitivity.float_outputs(switch, bench.forward, batches)
-    for reference, batch in zip(references, batches):
-        error.add(reference, other.forward(batch))
-    return error.relative_l1
+    return calibrated_bench()
 
 
 def test_own_errors_of_one_pass_are_those_of_each_layer_alone(bench):
-    switch = sensitivity.Switch(bench.model)
+    switch = Switch(bench.model)
     batches = list(bench.frames('val', 2))
     found = sensitivity.local_errors(switch, bench.forward, batches)
     assert set(found) == {n for n, _ in lifecycle.units(bench.model)}
@@ -73,7 +56,7 @@ def test_what_a_relu_removes_is_no_error_of_the_addition_before_it():
     model, batches = Block().eval(), [(a, b)]
     lifecycle.configure(model, Recipe.from_dict({}))
     lifecycle.calibrate(model, batches, model)
-    sums = sensitivity.local_errors(sensitivity.Switch(model), model, batches)['add']
+    sums = sensitivity.local_errors(Switch(model), model, batches)['add']
     with torch.no_grad():
         expected = (model.add(a, b).relu() - (a + b).relu()).abs().mean().item()
     assert sums.l1 == pytest.approx(expected, rel=1e-5)
@@ -83,7 +66,7 @@ def test_what_a_relu_removes_is_no_error_of_the_addition_before_it():
 def test_measuring_leaves_the_model_as_it_was(bench):
     batch = next(iter(bench.frames('val', 1)))
     before = bench.forward(batch)
-    switch = sensitivity.Switch(bench.model)
+    switch = Switch(bench.model)
     sensitivity.local_errors(switch, bench.forward, [batch])
     replay = Replay(bench.model, bench.forward)
     sensitivity.output_errors(switch, replay, [batch], {n: {n} for n in switch.names})
@@ -92,7 +75,7 @@ def test_measuring_leaves_the_model_as_it_was(bench):
 
 
 def test_effect_on_the_outputs_is_that_of_a_model_with_one_quantized_layer(bench):
-    switch, batches = sensitivity.Switch(bench.model), list(bench.frames('val', 2))
+    switch, batches = Switch(bench.model), list(bench.frames('val', 2))
     replay = Replay(bench.model, bench.forward)
     names = ['stem.0', 'block.add', 'concat', 'head.heat.0']
     alone, base = sensitivity.output_errors(switch, replay, batches, {n: {n} for n in names})
@@ -111,7 +94,7 @@ def test_effect_on_the_outputs_is_that_of_a_model_with_one_quantized_layer(bench
 
 def test_nan_of_a_layer_stays_in_its_row(bench):
     bench.model.head.box[2].weight_quantizer._amax[1] = float('nan')
-    switch, batches = sensitivity.Switch(bench.model), list(bench.frames('val', 2))
+    switch, batches = Switch(bench.model), list(bench.frames('val', 2))
     local = sensitivity.local_errors(switch, bench.forward, batches)
     alone, _ = sensitivity.output_errors(
         switch, Replay(bench.model, bench.forward), batches, {n: {n} for n in switch.names}
@@ -124,56 +107,6 @@ def test_nan_of_a_layer_stays_in_its_row(bench):
     assert 0 < rows[0].relative_l1 < 1
     for row in rows[1:]:
         assert row.broken == 0 and row.l1 > 0 and row.output_l1 > 0, row.name
-
-
-def test_nan_in_the_float_model_does_not_end_the_calibration():
-    bench = ToyBench()
-    bench._float_state['down.0.bias'][0] = float('nan')
-    frames = bench.frames('train', 2)
-
-    def strict():
-        bench.prepare(bench.recipe, frames)
-
-    with pytest.raises(Q3DError, match='NaN or Inf'):
-        strict()
-    came = sensitivity.calibrate(bench.model, frames, bench.forward, strict)
-    assert sorted(came) == ['concat', 'head.box.0', 'head.box.2', 'head.heat.0', 'head.heat.2', 'up']
-    switch = sensitivity.Switch(bench.model)
-    local = sensitivity.local_errors(switch, bench.forward, frames)
-    assert local['stem.0'].l1 > 0 and local['stem.0'].float_nonfinite == 0
-    assert local['down.0'].float_nonfinite == 2 * 8 * 8
-    assert local['down.0'].l1 > 0
-
-
-def test_skip_list_keeps_the_budget_with_no_more_layers_than_needed(bench):
-    switch, batches = sensitivity.Switch(bench.model), list(bench.frames('val', 2))
-    replay = Replay(bench.model, bench.forward)
-    alone, _ = sensitivity.output_errors(switch, replay, batches, {n: {n} for n in switch.names})
-    ranking = sorted(switch.names, key=lambda n: alone[n].relative_l1, reverse=True)
-    everything = set(switch.names)
-
-    def error_without(names):
-        return by_hand(bench, everything.difference(names), batches)
-
-    whole = error_without(())
-    found = sensitivity.choose_skips(
-        switch, replay, batches, ranking, 0.6 * whole, 9, 20, trial_frames=2, progress=False
-    )
-    assert found.kept
-    assert found.lengths[0] == 0 and found.lengths[-1] == len(found.names)
-    for length, error in zip(found.lengths, found.errors):
-        assert error == pytest.approx(error_without(found.names[:length]), rel=1e-5)
-    assert found.errors[0] == pytest.approx(whole, rel=1e-5)
-    assert found.errors[-1] == pytest.approx(error_without(found.names), rel=1e-5)
-    assert found.errors[-1] <= 0.6 * whole
-    # No shorter list of these layers does it.
-    for shorter in itertools.combinations(found.names, len(found.names) - 1):
-        assert error_without(shorter) > 0.6 * whole
-    # A budget that cannot be kept is not said to be.
-    short = sensitivity.choose_skips(switch, replay, batches, ranking, 0.0, 2, 1, progress=False)
-    assert not short.kept and len(short.names) == 2 and short.lengths == [0, 1, 2]
-    assert short.errors[-1] == pytest.approx(error_without(short.names), rel=1e-5)
-    assert short.errors[-1] < whole
 
 
 def test_groups_by_depth_and_by_pattern():

@@ -21,7 +21,6 @@ import q3d_plugin.mmdet3d  # noqa: F401  (registers the plugin)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / 'configs' / 'mmdet3d'
-FRAMES = 3
 
 
 def run_tool(*command):
@@ -31,14 +30,11 @@ def run_tool(*command):
 
 
 @pytest.fixture(scope='session')
-def toy_root(tmp_path_factory):
-    """One training and one validation scene of three key frames, with info files."""
-    out = tmp_path_factory.mktemp('mmdet3d') / 'set'
-    scenes = ('--train-scenes', 1, '--val-scenes', 1, '--frames', FRAMES)
-    for command in (('toy_nuscenes', '--out', out, *scenes), ('make_infos.py', out)):
-        done = run_tool(*command)
-        assert done.returncode == 0, done.stderr
-    return out
+def toy_root(toy_nuscenes):
+    """The small generated set, with info files."""
+    done = run_tool('make_infos.py', toy_nuscenes)
+    assert done.returncode == 0, done.stderr
+    return toy_nuscenes
 
 
 def randomize(model, seed=0):

@@ -5,9 +5,9 @@ import torch
 from mmengine.config import Config
 
 from q3d_plugin import lifecycle
-from q3d_plugin.analysis import sensitivity
-from q3d_plugin.analysis.command import open_bench
+from q3d_plugin.analysis.opening import open_bench
 from q3d_plugin.analysis.replay import Replay
+from q3d_plugin.analysis.switch import Switch
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 
@@ -58,7 +58,7 @@ def test_a_recipe_after_others_gives_what_it_gives_alone(bench):
 def test_partial_passes_of_the_detector(bench):
     frames = list(bench.frames('train', 1))
     bench.prepare(Recipe.from_dict({'target': 'simulation', 'calibration': {'frames': 1}}), frames)
-    switch, replay = sensitivity.Switch(bench.model), Replay(bench.model, bench.forward)
+    switch, replay = Switch(bench.model), Replay(bench.model, bench.forward)
     names = ['pts_middle_encoder.conv_out.0', 'pts_backbone.blocks.1.3', 'pts_bbox_head.task_heads.5.vel.1']
     with switch.restored(), torch.no_grad():
         slow, computed = {}, {}

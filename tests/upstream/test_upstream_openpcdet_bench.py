@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from q3d_plugin.analysis import sensitivity
-from q3d_plugin.analysis.command import open_bench
+from q3d_plugin.analysis.calibrate import calibrate
+from q3d_plugin.analysis.opening import open_bench
 from q3d_plugin.analysis.replay import Replay
+from q3d_plugin.analysis.switch import Switch
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 
@@ -52,7 +53,7 @@ def test_a_recipe_after_others_gives_what_it_gives_alone(bench, batch):
     recipe = Recipe.from_dict({'calibration': {'frames': 1}})
     bench.prepare(recipe, [batch])
     alone = bench.forward(batch)
-    bench.prepare(Recipe.from_dict({'weight': {'bits': 3}}), [batch])
+    bench.prepare(Recipe.from_dict({'target': 'simulation', 'weight': {'bits': 3}}), [batch])
     other = bench.forward(batch)
     bench.prepare(recipe, [batch])
     again = bench.forward(batch)
@@ -60,9 +61,19 @@ def test_a_recipe_after_others_gives_what_it_gives_alone(bench, batch):
     assert not torch.equal(alone['0.hm'], other['0.hm'])
 
 
+def test_the_calibration_of_the_analysis_is_that_of_a_run(bench, batch):
+    recipe = Recipe.from_dict({'calibration': {'frames': 1}})
+    bench.prepare(recipe, [batch])
+    expected = {k: v.clone() for k, v in bench.model.state_dict().items()}
+    assert not calibrate(bench, recipe, [batch]).nonfinite
+    assert bench.recipe == bench.model.quant_recipe == recipe
+    found = bench.model.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(v, found[k]) for k, v in expected.items())
+
+
 def test_partial_passes_are_whole_passes(bench, batch):
     bench.prepare(Recipe.from_dict({'calibration': {'frames': 1}}), [batch])
-    switch, replay = sensitivity.Switch(bench.model), Replay(bench.model, bench.forward)
+    switch, replay = Switch(bench.model), Replay(bench.model, bench.forward)
     names = ['backbone_3d.conv2.1.add', 'backbone_2d.blocks.1.4', 'dense_head.heads_list.3.vel.1']
     computed = {}
     with switch.restored(), torch.no_grad():

@@ -1,6 +1,6 @@
 """The study's experiments with CenterPoint-Voxel as recipes, for any of its configs: toy or real.
 
-python tools/sweep.py CONFIG CHECKPOINT --grid configs/openpcdet/study/recipes.py
+q3d study CONFIG CHECKPOINT, or q3d sweep CONFIG CHECKPOINT --grid configs/openpcdet/study/recipes.py
 """
 
 from q3d_plugin.analysis.study import recipes_of

@@ -1,33 +1,25 @@
 """The commands of the analysis on a toy detector that needs no framework."""
 
 import csv
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip('matplotlib')
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY / 'tests' / 'analysis'))
+from analysis_toys import ToyBench, toy_recipe
 
-from analysis_toys import ToyBench  # noqa: E402
+from q3d_plugin import lifecycle
+from q3d_plugin.analysis import opening
+from q3d_plugin.analysis.measures import OutputError
+from q3d_plugin.analysis.run_files import target_of
+from q3d_plugin.analysis.switch import Switch
+from q3d_plugin.commands import report, sensitivity, sweep
+from q3d_plugin.recipe import Recipe
+from q3d_plugin.run_record import write_run
 
-from q3d_plugin import lifecycle  # noqa: E402
-from q3d_plugin.analysis.measures import OutputError  # noqa: E402
-from q3d_plugin.recipe import Recipe  # noqa: E402
-from q3d_plugin.run_record import write_run  # noqa: E402
-
-
-def tool(name):
-    """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(f'tool_{name}', REPOSITORY / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+COMMANDS = {'sensitivity': sensitivity.main, 'sweep': sweep.main}
 
 
 @pytest.fixture
@@ -39,15 +31,31 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, checkpoint):
-    """Runs a tool on a toy: ``run('sweep', *arguments, bench=...)``; gives the exit status."""
+    """Runs a command on a toy: ``run('sweep', *arguments, bench=...)``; gives the exit status."""
 
     def call(name, *arguments, bench=None, out='out'):
-        module = tool(name)
         made = bench or ToyBench(checkpoint=checkpoint)
-        monkeypatch.setattr(module, 'open_bench', lambda *_: made)
-        return module.main(['toy.py', str(checkpoint), '--out', str(tmp_path / out), *map(str, arguments)])
+        monkeypatch.setattr(opening, 'open_bench', lambda *_: made)
+        given = ['toy.py', str(checkpoint), '--out', str(tmp_path / out), *map(str, arguments)]
+        return COMMANDS[name](given)
 
     return call
+
+
+@pytest.fixture
+def spoilt(monkeypatch):
+    """Makes the range of a weight NaN after the calibration: ``spoilt('head.heat.2')``."""
+    calibrate = sensitivity.calibrate
+
+    def spoil(name):
+        def calibrated(bench, recipe):
+            made = calibrate(bench, recipe)
+            dict(lifecycle.units(bench.model))[name].weight_quantizer._amax.fill_(float('nan'))
+            return made
+
+        monkeypatch.setattr(sensitivity, 'calibrate', calibrated)
+
+    return spoil
 
 
 def test_sensitivity_writes_table_list_and_pictures(run, tmp_path, capsys):
@@ -77,10 +85,9 @@ def test_sensitivity_writes_table_list_and_pictures(run, tmp_path, capsys):
     assert rows[0]['name'] in capsys.readouterr().out
 
 
-def test_sensitivity_with_nan_in_one_layer_goes_on(run, tmp_path, checkpoint, capsys):
-    bench = ToyBench(checkpoint=checkpoint)
-    bench.spoil = lambda model: model.head.heat[2].weight_quantizer._amax.fill_(float('nan'))
-    assert run('sensitivity', '--frames', 1, bench=bench) == 0
+def test_sensitivity_with_nan_in_one_layer_goes_on(run, spoilt, tmp_path):
+    spoilt('head.heat.2')
+    assert run('sensitivity', '--frames', 1) == 0
     rows = json.loads((tmp_path / 'out' / 'sensitivity.json').read_text())['rows']
     assert rows[0]['name'] == 'head.heat.2' and rows[0]['nan'] == 3 * 16 * 16
     assert all(r['nan'] == 0 and r['output_relative_l1'] > 0 for r in rows[1:])
@@ -88,15 +95,48 @@ def test_sensitivity_with_nan_in_one_layer_goes_on(run, tmp_path, checkpoint, ca
     assert json.loads((tmp_path / 'out' / 'skip.json').read_text())[0] == 'head.heat.2'
 
 
-def test_sensitivity_goes_on_where_every_output_is_nan(run, tmp_path, checkpoint, capsys):
-    bench = ToyBench(checkpoint=checkpoint)
-    bench.spoil = lambda model: model.stem[0].weight_quantizer._amax.fill_(float('nan'))
-    assert run('sensitivity', '--frames', 2, bench=bench) == 0
+def test_sensitivity_goes_on_where_every_output_is_nan(run, spoilt, tmp_path, capsys):
+    spoilt('stem.0')
+    assert run('sensitivity', '--frames', 2) == 0
     found = json.loads((tmp_path / 'out' / 'sensitivity.json').read_text())
     assert found['rows'][0]['name'] == 'stem.0' and found['rows'][0]['nan'] > 0
     assert found['skip']['names'][0] == 'stem.0' and found['skip']['errors'][0] is None
     assert 'everything quantized: none, all NaN or Inf' in capsys.readouterr().out
     assert (tmp_path / 'out' / 'skip.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_sensitivity_says_what_became_of_layers_that_nan_came_to(run, tmp_path, checkpoint, capsys):
+    bench = ToyBench(checkpoint=checkpoint)
+    frames = bench.frames
+
+    def spoilt(split, count, seed=0):
+        made = list(frames(split, count, seed))
+        made[0] = made[0].clone()
+        made[0][0, 0, 3, 3] = float('nan')
+        return made
+
+    bench.frames = spoilt
+    # In one frame of three to every layer, and in all frames to those behind one.
+    bench._float_state['head.heat.0.bias'][0] = float('nan')
+    assert run('sensitivity', '--frames', 2, bench=bench) == 0
+    found = json.loads((tmp_path / 'out' / 'sensitivity.json').read_text())
+    quantized = Switch(bench.model).names
+    assert 'head.heat.2' not in quantized and len(quantized) == len(found['rows']) - 1
+    for row in found['rows']:
+        measured = row['name'] in quantized
+        assert row['note'].endswith('its range is of the others' if measured else 'left float')
+        assert (row['l1'] is not None) == measured
+    # The list holds what was float while it was made.
+    assert found['left_float'] == ['head.heat.2']
+    assert json.loads((tmp_path / 'out' / 'skip.json').read_text())[0] == 'head.heat.2'
+    assert 'A run stops there' in capsys.readouterr().out
+
+
+def test_sensitivity_names_the_target(run, tmp_path, capsys):
+    assert run('sensitivity', '--frames', 1, '--local') == 0
+    target = target_of(toy_recipe().to_dict())
+    assert capsys.readouterr().out.count(f'target {target}, frames measured on: 1 of the train split') == 1
+    assert (tmp_path / 'out' / 'table.txt').read_text().startswith(f'target {target}')
 
 
 def test_sensitivity_local_is_one_pass(run, tmp_path, checkpoint):
@@ -110,7 +150,7 @@ def test_sensitivity_local_is_one_pass(run, tmp_path, checkpoint):
 
 
 def test_sensitivity_calibrates_on_few_frames_where_the_recipe_has_many(run, tmp_path, checkpoint, capsys):
-    recipe = Recipe.from_dict({'calibration': {'frames': 300}})
+    recipe = toy_recipe(calibration={'frames': 300})
     for given, expected in (((), 32), (('--frames', 34), 34), (('--calibration-frames', 5), 5)):
         bench, counts = ToyBench(checkpoint=checkpoint, recipe=recipe), []
         frames = bench.frames
@@ -124,7 +164,7 @@ def test_sensitivity_calibrates_on_few_frames_where_the_recipe_has_many(run, tmp
 
 
 def test_a_list_that_keeps_map(run, tmp_path, checkpoint, capsys):
-    recipe = Recipe.from_dict({'weight': {'bits': 3}, 'calibration': {'frames': 3}})
+    recipe = toy_recipe(weight={'bits': 3})
     # The toy's metric is made worse by every quantized layer, by those of the head most.
     bench = ToyBench(checkpoint=checkpoint, recipe=recipe)
 
@@ -162,9 +202,7 @@ def test_a_list_that_keeps_map(run, tmp_path, checkpoint, capsys):
 
 
 def test_listed_layers_are_quantized_without_smoothquant_where_that_is_asked_for(run, tmp_path, checkpoint):
-    recipe = Recipe.from_dict(
-        {'weight': {'bits': 4}, 'smoothquant': {'alpha': 1.0}, 'calibration': {'frames': 3}}
-    )
+    recipe = toy_recipe(weight={'bits': 4}, smoothquant={'alpha': 1.0})
     bench = ToyBench(checkpoint=checkpoint, recipe=recipe)
     given = ('--frames', 2, '--treat', 'standard', '--keep-output-error', 0, '--max-skipped', 3)
     assert run('sensitivity', *given, bench=bench) == 0
@@ -191,7 +229,6 @@ def test_listed_layers_are_quantized_without_smoothquant_where_that_is_asked_for
         assert measured.relative_l1 == pytest.approx(error, rel=1e-3)
     pasted = eval(f'dict({(tmp_path / "out" / "skip.txt").read_text()})')
     assert pasted['smoothquant']['overrides'] == [{'layers': skip['names'], 'alpha': None}]
-    assert tool('sensitivity').pasted(recipe, [], 'standard', 'openpcdet').startswith('#')
 
 
 def test_sensitivity_of_groups(run, tmp_path):
@@ -251,7 +288,7 @@ def test_sweep_by_l1(run, tmp_path):
 def test_sweep_refuses_another_model_another_recipe_and_unknown_keys(run, tmp_path, checkpoint, capsys):
     assert run('sweep', '--grid', 'weight.bits=8') == 0
     before = (tmp_path / 'out' / 'sweep.json').read_text()
-    other = ToyBench(recipe=Recipe.from_dict({'activation': {'bits': 5}}))
+    other = ToyBench(checkpoint=checkpoint, recipe=toy_recipe(activation={'bits': 5}))
     assert run('sweep', '--grid', 'weight.bits=8', bench=other) == 2
     assert 'another base recipe' in capsys.readouterr().err
     torch.save({'w': torch.zeros(3)}, checkpoint)
@@ -269,7 +306,7 @@ def test_report_of_an_unfinished_run(tmp_path, capsys):
     bench = ToyBench()
     bench.prepare(bench.recipe)
     write_run(str(tmp_path), bench.model, bench.recipe, {'framework': 'toy'})
-    assert tool('report').main([str(tmp_path)]) == 0
+    assert report.main([str(tmp_path)]) == 0
     assert 'Not evaluated yet' in (tmp_path / 'report.html').read_text()
-    assert tool('report').main([str(tmp_path / 'nowhere')]) == 2
+    assert report.main([str(tmp_path / 'nowhere')]) == 2
     assert 'nowhere' in capsys.readouterr().err

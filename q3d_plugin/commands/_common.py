@@ -1,30 +1,40 @@
-"""What the command lines of the analysis have in common."""
+"""Shared by the commands: arguments that name a detector, folders of results, how a command ends."""
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Dict, List, Optional
 
 import torch
 
-from q3d_plugin import checkpoints
-from q3d_plugin.bench import Bench
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import check_writable
-from q3d_plugin.recipe import Recipe
-from q3d_plugin.shipped import find_shipped
 
 __all__ = [
     'add_common',
     'at_least',
     'guarded',
-    'open_bench',
     'options_of',
     'out_folder',
-    'paste_list',
+    'parser_of',
     'set_threads',
 ]
+
+
+def parser_of(name: str, words: str) -> argparse.ArgumentParser:
+    """The parser of a command.
+
+    Args:
+        name: What follows ``q3d``.
+        words: Docstring of its module.
+    """
+    return argparse.ArgumentParser(
+        prog=f'q3d {name}',
+        description=words,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def add_common(parser: argparse.ArgumentParser, what: str) -> None:
@@ -84,24 +94,6 @@ def at_least(args: argparse.Namespace, least: float, *names: str) -> None:
             raise Q3DError(f'--{option}: {value} was given; a number from {least:g} up would work')
 
 
-def paste_list(key: str, values: Sequence[str], framework: str) -> str:
-    """A list as a config holds it.
-
-    Examples:
-        >>> print(paste_list('skip', ['a', 'b'], 'openpcdet'))
-        SKIP:
-            - a
-            - b
-    """
-    if framework == 'openpcdet':
-        # A star begins an alias in YAML.
-        lines = [f'    - {repr(v) if "*" in v else v}' for v in values]
-        return '\n'.join([f'{key.upper()}:' + ('' if lines else ' []'), *lines])
-    if not values:
-        return f'{key}=[],'
-    return '\n'.join([f'{key}=[', *(f'    {v!r},' for v in values), '],'])
-
-
 def guarded(run: Callable[[Optional[List[str]]], int], argv: Optional[List[str]] = None) -> int:
     """Runs a command; a mistake of the user ends it with one line and status 2."""
     try:
@@ -116,42 +108,3 @@ def set_threads(args: argparse.Namespace) -> None:
     at_least(args, 1, 'threads')
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-
-
-def open_bench(
-    config: str, checkpoint: str, options: Optional[Mapping[str, str]] = None, recipe: Optional[Recipe] = None
-) -> Bench:
-    """Builds the model of a config and loads a checkpoint, with the checks of the adapter.
-
-    Args:
-        config: A ``.py`` file (MMDetection3D) or a ``.yaml`` file (OpenPCDet), with Quant types.
-        checkpoint: Float or quantized.
-        options: Dotted keys of the config to change, and their values as text.
-        recipe: In place of the config's recipe.
-
-    Raises:
-        Q3DError: Anything is missing or does not fit.
-    """
-    config, checkpoint = find_shipped(str(config)), find_shipped(str(checkpoint))
-    path = Path(config)
-    if path.suffix not in ('.py', '.yaml', '.yml'):
-        raise Q3DError(
-            f'config {config!r}: a .py file (MMDetection3D) or a .yaml file (OpenPCDet) would work'
-        )
-    if not path.is_file():
-        raise Q3DError(f'config {config!r} is not a file (looked in {Path.cwd()})')
-    checkpoints.check_checkpoint_file(checkpoint)
-    if path.suffix == '.py':
-        try:
-            from q3d_plugin.mmdet3d.bench import MMDet3DBench
-        except ImportError as error:
-            raise Q3DError(
-                f'a .py config needs MMDetection3D, which does not import here: {error}'
-            ) from error
-        return MMDet3DBench(path, checkpoint, options, recipe)
-    from q3d_plugin import openpcdet
-
-    openpcdet.register()
-    from q3d_plugin.openpcdet.bench import OpenPCDetBench
-
-    return OpenPCDetBench(path, checkpoint, options, recipe)

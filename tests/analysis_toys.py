@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from q3d_plugin import lifecycle
+from q3d_plugin.analysis.measures import OutputError
+from q3d_plugin.analysis.sensitivity import float_outputs
+from q3d_plugin.analysis.switch import Switch
 from q3d_plugin.bench import Bench, Frames, raw_outputs
 from q3d_plugin.layers import QuantAdd, QuantConcat
 from q3d_plugin.recipe import Recipe
@@ -128,6 +131,11 @@ def quantized(model_class=Toy, seed=0):
     return quantize_(model, blocks)
 
 
+def toy_recipe(**given):
+    """A recipe of a few frames that may have any widths."""
+    return Recipe.from_dict({'target': 'simulation', 'calibration': {'frames': 3}, **given})
+
+
 class ToyBench(Bench):
     """A bench without a framework; its metric falls with the error of the outputs."""
 
@@ -138,8 +146,7 @@ class ToyBench(Bench):
         self.config, self.checkpoint = Path(config), Path(checkpoint)
         self.model, self.classes = quantized(model_class), ('heat', 'box')
         self.logger, self.quantized = logging.getLogger('toy'), False
-        self.recipe = recipe or Recipe.from_dict({'calibration': {'frames': 3}})
-        self.spoil, self.evaluated = lambda model: None, 0
+        self.recipe, self.evaluated = recipe or toy_recipe(), 0
         lifecycle.configure(self.model, self.recipe)
         self.keep_float_state()
 
@@ -162,6 +169,22 @@ class ToyBench(Bench):
     def settings(self):
         return {'model': 'toy'}
 
-    def calibrate(self, frames=None, title=''):
-        super().calibrate(frames, title)
-        self.spoil(self.model)
+
+def calibrated_bench(**given):
+    """A toy with weights of four bits, calibrated; ``given`` are changes of its recipe."""
+    bench = ToyBench(recipe=toy_recipe(**{'weight': {'bits': 4}, **given}))
+    bench.prepare(bench.recipe)
+    return bench
+
+
+def by_hand(bench, names, batches):
+    """Error of the outputs of a fresh model of which only ``names`` have quantizers."""
+    everything = [n for n, _ in lifecycle.units(bench.model)]
+    plain = {**bench.recipe.to_dict(), 'skip': [n for n in everything if n not in names]}
+    other = ToyBench(recipe=Recipe.from_dict(plain))
+    other.prepare(other.recipe)
+    error = OutputError()
+    references = float_outputs(Switch(bench.model), bench.forward, batches)
+    for reference, batch in zip(references, batches):
+        error.add(reference, other.forward(batch))
+    return error.relative_l1

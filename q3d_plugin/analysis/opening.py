@@ -1,0 +1,53 @@
+"""Loads the detector of a config and a checkpoint to experiment with, whichever framework it is of."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Optional
+
+from q3d_plugin import checkpoints
+from q3d_plugin.bench import Bench
+from q3d_plugin.errors import Q3DError
+from q3d_plugin.recipe import Recipe
+from q3d_plugin.shipped import find_shipped
+
+__all__ = ['open_bench']
+
+
+def open_bench(
+    config: str, checkpoint: str, options: Optional[Mapping[str, str]] = None, recipe: Optional[Recipe] = None
+) -> Bench:
+    """Builds the model of a config and loads a checkpoint, with the checks of the adapter.
+
+    Args:
+        config: A ``.py`` file (MMDetection3D) or a ``.yaml`` file (OpenPCDet), with Quant types, or the name
+            of one that comes with the plugin.
+        checkpoint: Float or quantized, or the name of one that comes with the plugin.
+        options: Dotted keys of the config to change, and their values as text.
+        recipe: In place of the config's recipe.
+
+    Raises:
+        Q3DError: Anything is missing or does not fit.
+    """
+    config, checkpoint = find_shipped(str(config)), find_shipped(str(checkpoint))
+    path = Path(config)
+    if path.suffix not in ('.py', '.yaml', '.yml'):
+        raise Q3DError(
+            f'config {config!r}: a .py file (MMDetection3D) or a .yaml file (OpenPCDet) would work'
+        )
+    if not path.is_file():
+        raise Q3DError(f'config {config!r} is not a file (looked in {Path.cwd()})')
+    checkpoints.check_checkpoint_file(checkpoint)
+    if path.suffix == '.py':
+        try:
+            from q3d_plugin.mmdet3d.bench import MMDet3DBench
+        except ImportError as error:
+            raise Q3DError(
+                f'a .py config needs MMDetection3D, which does not import here: {error}'
+            ) from error
+        return MMDet3DBench(path, checkpoint, options, recipe)
+    from q3d_plugin import openpcdet
+
+    openpcdet.register()
+    from q3d_plugin.openpcdet.bench import OpenPCDetBench
+
+    return OpenPCDetBench(path, checkpoint, options, recipe)
