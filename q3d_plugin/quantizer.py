@@ -10,7 +10,7 @@ buffers that every framework's loader copies, signedness can be decided by calib
 
 import dataclasses
 import enum
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from pytorch_quantization.nn import TensorQuantizer
@@ -23,7 +23,7 @@ from q3d_plugin.memo import TensorMemo
 from q3d_plugin.observer import MagnitudeHistogram
 from q3d_plugin.recipe import ActivationSpec, WeightSpec
 
-__all__ = ['UNSIGNED_MODES', 'Mode', 'Quantizer', 'Role', 'Stage', 'largest_magnitude']
+__all__ = ['ADVICE', 'UNSIGNED_MODES', 'Mode', 'Quantizer', 'Role', 'Stage', 'largest_magnitude']
 
 
 class Role(enum.Enum):
@@ -72,6 +72,10 @@ _STAGES = {
     Mode.DYNAMIC_UNSIGNED: Stage.DYNAMIC,
 }
 UNSIGNED_MODES = (Mode.UNSIGNED, Mode.DYNAMIC_UNSIGNED)
+
+
+ADVICE: List[str] = []
+"""How a model gets its ranges, for messages; each adapter adds the way of its framework."""
 
 
 def largest_magnitude(*tensors: Tensor) -> Tensor:
@@ -137,6 +141,7 @@ class Quantizer(TensorQuantizer):
         self.seen: Optional[Dict] = None
         self.finite, self.used = True, False
         self._memo = TensorMemo()
+        self._amax_read: Optional[Tuple] = None
         self._disabled, self._if_quant = False, True
         with torch.no_grad():
             self._amax.zero_()
@@ -317,9 +322,7 @@ class Quantizer(TensorQuantizer):
         if self._mode is Mode.UNCALIBRATED:
             raise Q3DError(
                 f'{self.name or "a quantizer"} has no range: the model has Quant types but was not '
-                "calibrated. Add custom_hooks = [dict(type='QuantHook', recipe=dict(...))] to the config "
-                '(OpenPCDet: a Quant detector such as NAME: QuantCenterPoint, the recipe under MODEL.QUANT), '
-                'or load a quantized checkpoint'
+                f'calibrated. {"; or ".join([*ADVICE, "load a quantized checkpoint"])}'
             )
         if amax is not None:
             return self._quantize(inputs, amax, inplace)
@@ -350,8 +353,12 @@ class Quantizer(TensorQuantizer):
 
     @property
     def _grid(self) -> Tuple:
-        """What two quantizers have in common that quantize to the same values."""
-        return self._amax.tolist(), self._num_bits, self._unsigned
+        """Range and format: two quantizers that have the same quantize to the same values."""
+        # Read once, since reading waits for a CUDA device.
+        stamp = self._amax, self._amax._version
+        if self._amax_read is None or self._amax_read[0] is not stamp[0] or self._amax_read[1] != stamp[1]:
+            self._amax_read = (*stamp, self._amax.tolist())
+        return self._amax_read[2], self._num_bits, self._unsigned
 
     def _on_grid(self, x: Tensor) -> bool:
         """Whether ``x`` came quantized to this very grid, from a concatenation: once more changes nothing.

@@ -42,10 +42,12 @@ def test_tools_that_look_for_tensor_quantizers_find_it():
     assert isinstance(Quantizer(WeightSpec(), 4, 0), TensorQuantizer)
 
 
-def test_without_a_range_a_forward_is_an_error_that_names_the_layer():
+def test_without_a_range_a_forward_is_an_error_that_names_the_layer(monkeypatch):
     quantizer = Quantizer(ActivationSpec(), name='neck.0.input_quantizer')
     assert quantizer.mode is Mode.UNCALIBRATED
-    with pytest.raises(Q3DError, match=r'neck\.0\.input_quantizer has no range.*QuantHook'):
+    monkeypatch.setattr('q3d_plugin.quantizer.ADVICE', ['Add a hook'])
+    words = r'neck\.0\.input_quantizer has no range.*Add a hook; or load a quantized checkpoint'
+    with pytest.raises(Q3DError, match=words):
         quantizer(torch.ones(3))
 
 
@@ -454,3 +456,13 @@ def test_configuring_anew_keeps_the_object_and_forgets_the_rest():
     quantizer.configure(ActivationSpec(bits=6), 'name')
     assert quantizer.enabled and quantizer.stage is Stage.UNCALIBRATED and quantizer.owners == []
     assert quantizer.num_bits == 6 and quantizer._state.tolist() == [0, 6]
+
+
+def test_a_range_that_changes_in_place_is_read_again_for_what_lies_on_a_grid():
+    concatenated, first, second = activation(1.0), activation(1.0), activation(1.0)
+    with torch.no_grad():
+        x = concatenated(torch.randn(20), inplace=True)
+        assert first(x) is x
+        second(x)
+        second._amax.copy_(torch.tensor(0.5))
+        assert torch.equal(second(x), activation(0.5)(x))

@@ -10,6 +10,8 @@ from typing import Optional
 
 __all__ = ['register']
 
+_ADVICE = 'Give the detector a Quant name too, and the recipe under MODEL.QUANT (OpenPCDet)'
+
 
 def register(root: Optional[str] = None) -> ModuleType:
     """Finds OpenPCDet, switches CPU mode on where there is no CUDA, and fills OpenPCDet's registries.
@@ -29,7 +31,10 @@ def register(root: Optional[str] = None) -> ModuleType:
     pcdet = import_pcdet(root)
     from q3d_plugin.openpcdet.checkpoints import trust_openpcdet_checkpoints
     from q3d_plugin.openpcdet.parts import register_parts
+    from q3d_plugin.quantizer import ADVICE
 
     register_parts()
+    if _ADVICE not in ADVICE:
+        ADVICE.append(_ADVICE)
     trust_openpcdet_checkpoints()
     return pcdet
