@@ -3,6 +3,7 @@
 The framework is told by the config: a ``.py`` file is MMDetection3D's, a ``.yaml`` file OpenPCDet's.
 """
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -73,30 +74,15 @@ def find_script(name: str, root: str = None) -> Path:
         if not script.is_file():
             raise Q3DError(f'MMDET3D_ROOT={root!r} has no tools/{name}: name a checkout of MMDetection3D')
         return script
-    try:
-        import mmdet3d
-    except ImportError as error:
-        raise Q3DError(
-            f'this needs MMDetection3D, which does not import here: {error}{extras.hint(error)}'
-        ) from error
-    package = Path(mmdet3d.__file__).parent
+    found = importlib.util.find_spec('mmdet3d')
+    if found is None or found.origin is None:
+        missing = ImportError("No module named 'mmdet3d'", name='mmdet3d')
+        raise Q3DError(f'this needs MMDetection3D, which is not installed here{extras.hint(missing)}')
+    package = Path(found.origin).parent
     for script in (package / '.mim' / 'tools' / name, package.parent / 'tools' / name):
         if script.is_file():
             return script
     raise Q3DError(f'{package} has no tools/{name}: set MMDET3D_ROOT to a checkout of MMDetection3D')
-
-
-def _work_dir(argv: list, config: Path) -> Path:
-    """Where MMDetection3D's scripts will write, by their own rule: argument, config, name of the config."""
-    from mmengine.config import Config
-
-    for i, arg in enumerate(argv):
-        if arg == '--work-dir' and i + 1 < len(argv):
-            return Path(argv[i + 1])
-        if arg.startswith('--work-dir='):
-            return Path(arg.split('=', 1)[1])
-    given = Config.fromfile(str(config), import_custom_modules=False).get('work_dir')
-    return Path(given) if given else Path('work_dirs') / config.stem
 
 
 def absolute_paths(argv: list, tools: Path) -> list:
@@ -148,9 +134,14 @@ def _named_files(argv: list) -> list:
 def _prepare_mmdet3d(name: str, argv: list, config: Path) -> Tuple[Path, list]:
     """Registers the MMDetection3D adapter; returns the script to run and its arguments."""
     script = find_script(name)
-    import q3d_plugin.mmdet3d  # noqa: F401
-
-    check_writable(_work_dir(argv, config))
+    try:
+        # Registers the Quant types too.
+        from q3d_plugin.mmdet3d.work_dir import work_dir_of
+    except ImportError as error:
+        raise Q3DError(
+            f'this needs MMDetection3D, which does not import here: {error}{extras.hint(error)}'
+        ) from error
+    check_writable(work_dir_of(argv, config))
     return script, argv
 
 

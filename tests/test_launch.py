@@ -138,7 +138,9 @@ def test_a_work_dir_that_cannot_be_made_stops_before_the_script(
     """The rule of MMDetection3D's scripts says which folder it is: argument, config, name of the config."""
     pytest.importorskip('mmengine')
     # Importing the real adapter takes ten seconds and changes nothing here.
-    monkeypatch.setitem(sys.modules, 'q3d_plugin.mmdet3d', types.ModuleType('q3d_plugin.mmdet3d'))
+    adapter = types.ModuleType('q3d_plugin.mmdet3d')
+    adapter.__path__ = [str(Path(launch.__file__).parent / 'mmdet3d')]
+    monkeypatch.setitem(sys.modules, 'q3d_plugin.mmdet3d', adapter)
     monkeypatch.setenv('MMDET3D_ROOT', str(here))
     (here / 'tools').mkdir()
     (here / 'tools' / 'test.py').write_text("raise RuntimeError('the script ran')\n")

@@ -40,7 +40,7 @@ def generate(out: Path, arguments: dict, processes: int) -> str:
     # be set before NumPy is imported.
     for name in ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'MKL_NUM_THREADS'):
         os.environ.setdefault(name, '1')
-    from q3d_plugin.toy_nuscenes.generate import make_dataset
+    from q3d_plugin.toy_nuscenes.dataset import make_dataset
 
     if not make_dataset(out, arguments, processes):
         return f'{out} already holds this set, reusing it'
