@@ -50,7 +50,7 @@ class _ResNetBlock:
     convolution shares that of the block's input (STUDY part B)."""
 
     def setup_quant(self) -> None:
-        self.add = QuantAdd()
+        self.add = QuantAdd(before_relu=True)
         # Where the shortcut begins with a pooling, its convolution reads another tensor.
         if self.downsample is not None and first_layer(self.downsample) is self.downsample[0]:
             share_input([self.conv1, self.downsample[0]])
@@ -78,7 +78,7 @@ class _DLABlock:
     """Residual block of DLANet: its shortcut is made by the tree that it stands in."""
 
     def setup_quant(self) -> None:
-        self.add = QuantAdd()
+        self.add = QuantAdd(before_relu=True)
 
     def forward(self, x: Tensor, identity: Optional[Tensor] = None) -> Tensor:
         out = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
@@ -89,7 +89,7 @@ class _ImVoxelBlock:
     """Residual block of ImVoxelNet's necks."""
 
     def setup_quant(self) -> None:
-        self.add = QuantAdd()
+        self.add = QuantAdd(before_relu=True)
         if self.stride != 1:
             share_input([first_layer(self.conv0), first_layer(self.downsample)])
 

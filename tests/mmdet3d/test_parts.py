@@ -99,6 +99,20 @@ def test_residual_blocks_off_are_float(name, randomized):
     assert all((m.input_quantizer is reads) == ('pooled' not in name) for m in shortcut)
 
 
+@pytest.mark.parametrize('name', RESIDUAL_BLOCKS)
+def test_what_the_relu_behind_a_residual_block_removes_does_not_widen_the_range(name):
+    torch.manual_seed(0)
+    block = nn.Sequential(RESIDUAL_BLOCKS[name]()).eval()
+    last = [m for n, m in block.named_modules() if 'downsample' not in n and hasattr(m, 'running_mean')][-1]
+    with torch.no_grad():
+        last.bias[0] = -100
+    quant = quantize_(copy.deepcopy(block), BLOCKS)
+    x = torch.randn((2, 8, 6, 6, 6) if 'imvoxel' in name else (2, 8, 6, 6)).relu()
+    lifecycle.calibrate(quant, [x], quant)
+    assert block(x)[:, 0].max() == 0
+    assert quant[0].add.input_quantizer._amax.item() < 20
+
+
 def test_a_block_that_recomputes_its_forward_has_the_same_gradients(randomized):
     torch.manual_seed(0)
     block = randomized(nn.Sequential(resnet.Bottleneck(8, 2))).eval()
