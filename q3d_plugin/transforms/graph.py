@@ -72,7 +72,7 @@ class ChannelGraph(ChannelSets):
         >>> model = quantize_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)))
         >>> set_enabled(model, False)
         >>> graph = ChannelGraph(units(model))
-        >>> with graph.watching() as watch:
+        >>> with torch.no_grad(), graph.watching() as watch:
         ...     watch.returned(model(torch.zeros(1, 3, 5, 5)))
         >>> sets = graph.sets()
         >>> bool((sets[graph.written('0')] == sets[graph.read('2')]).all())
