@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from q3d_plugin.layers import QuantAdd, QuantConcat
-from q3d_plugin.mmdet3d import mmcv_sparse  # noqa: F401  (makes its layers known)
+from q3d_plugin.mmdet3d import conventions, mmcv_sparse  # noqa: F401  (make mmcv's modules known)
 from q3d_plugin.transforms.insert import first_layer, quantize_, share_input
 
 __all__ = ['BLOCKS', 'PARTS', 'Part', 'quant_name', 'register_parts']
