@@ -15,7 +15,7 @@ __all__ = ['InputSample', 'InputStatistics']
 
 
 class InputSample(NamedTuple):
-    """What some outputs of a layer are computed from, and the extent of the whole input.
+    """The inputs that some outputs of a layer are computed from, and the extent of the whole input.
 
     Attributes:
         rows: (R, C_in, kernel positions) inputs of R outputs; see ``QuantWeightLayer.rows_of``.

@@ -39,6 +39,9 @@ def add_conventions(
         pairs: Block type -> which BatchNorm follows which layer in it. The rules that go by names are not
             applied to these types and to those derived from them.
 
+    Raises:
+        Q3DError: Pairs were given for a type that is no block, such as ``nn.Sequential``.
+
     Examples:
         A block that normalizes before the activation and the convolution; its norm2 follows conv1:
 
@@ -48,6 +51,12 @@ def add_conventions(
         >>> pairs_of(DenseLayer({'conv1': nn.Conv2d(3, 4, 1), 'norm2': nn.BatchNorm2d(4)}))
         [('conv1', 'norm2')]
     """
+    for cls in pairs or {}:
+        if cls is nn.Module or cls in _sequences:
+            raise Q3DError(
+                f'add_conventions: pairs of {cls.__name__}: it is no block type of its own; a class derived from '
+                'it would work'
+            )
     _wrappers.update(wrappers)
     _sequences.update(sequences)
     _activations.update(activations)

@@ -152,11 +152,19 @@ def fold_(root: nn.Module, pairs: List[Tuple[str, str]]) -> List[Fold]:
         holder = root.get_submodule(parent)
         # Assigned through _modules: some containers (spconv's) have no plain attribute of that name.
         where = type(root).__name__
-        handover = Handover(f'{where}.{layer_name}', f'{where}.{norm_name}', type(holder).__name__)
+        handover = Handover(f'{where}.{layer_name}', f'{where}.{norm_name}', _block_name(holder))
         handover.attach(layer)
         holder._modules[child] = FoldedNorm(handover)
         folds.append(Fold(layer_name, norm_name, norm.eps))
     return folds
+
+
+def _block_name(holder: nn.Module) -> str:
+    """The name of the float type of a block, for which pairs may be handed in."""
+    if is_sequence(holder):
+        return 'TypeOfTheBlock'
+    names = (cls.__name__ for cls in type(holder).__mro__)
+    return next(name for name in names if not name.startswith(('Quant', '_')))
 
 
 def fold_state_dict(root: nn.Module, state_dict: MutableMapping, prefix: str, folds: List[Fold]) -> None:

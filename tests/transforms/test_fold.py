@@ -436,3 +436,10 @@ def test_pairs_that_name_no_child_are_refused(conventions):
     conventions(pairs={DenseLayer: lambda block: [('conv1', 'nrom2')]})
     with pytest.raises(Q3DError, match=r"pairs of DenseLayer: it has no child 'nrom2'.*'norm2'"):
         find_pairs(DenseLayer())
+
+
+@pytest.mark.parametrize('kind', [nn.Sequential, nn.Module, spconv.SparseSequential])
+def test_pairs_of_what_is_no_block_are_refused(conventions, kind):
+    with pytest.raises(Q3DError, match=f'pairs of {kind.__name__}: it is no block type of its own'):
+        conventions(pairs={kind: lambda block: []})
+    assert find_pairs(sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))) == [('0', '1')]

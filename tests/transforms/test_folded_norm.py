@@ -97,6 +97,16 @@ def test_an_order_that_the_fold_does_not_know_is_an_error_that_names_both(name, 
     assert expected is not None
 
 
+def test_the_error_names_the_float_type_of_a_quantized_block():
+    class QuantBlock(Block):
+        pass
+
+    quant = quantize_(nn.Sequential(Block(WRONG['preactivation'])), {Block: QuantBlock})
+    set_enabled(quant, False)
+    with pytest.raises(Q3DError, match=r'pairs=\{Block: lambda'):
+        quant(image())
+
+
 @pytest.mark.parametrize('norm_first', [False, True])
 def test_a_norm_that_never_runs_is_an_error(norm_first):
     quant = without_ranges(Block(lambda s, x: s.conv2(s.conv1(x)))).eval()
