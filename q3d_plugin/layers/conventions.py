@@ -54,8 +54,8 @@ def add_conventions(
     for cls in pairs or {}:
         if cls is nn.Module or cls in _sequences:
             raise Q3DError(
-                f'add_conventions: pairs of {cls.__name__}: it is no block type of its own; a class derived from '
-                'it would work'
+                f'add_conventions: pairs of {cls.__name__}: it is no block type of its own; a class derived '
+                'from it would work'
             )
     _wrappers.update(wrappers)
     _sequences.update(sequences)
