@@ -1,11 +1,12 @@
 """Statistics of activations, the pass that takes them, and the ranges that come out of them."""
 
-from q3d_plugin.calibration.inputs import InputStatistics
-from q3d_plugin.calibration.ranges import compute_ranges
+from q3d_plugin.calibration.inputs import InputSample, InputStatistics
+from q3d_plugin.calibration.ranges import compute_ranges, is_unsigned, ranges_of_samples
 from q3d_plugin.calibration.run import any_of_ranks, collect, evaluating, feed, from_all_ranks
 from q3d_plugin.observer import MagnitudeHistogram
 
 __all__ = [
+    'InputSample',
     'InputStatistics',
     'MagnitudeHistogram',
     'any_of_ranks',
@@ -14,4 +15,6 @@ __all__ = [
     'evaluating',
     'feed',
     'from_all_ranks',
+    'is_unsigned',
+    'ranges_of_samples',
 ]

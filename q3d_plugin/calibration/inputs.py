@@ -1,18 +1,36 @@
-"""What SmoothQuant has to know of the inputs of layers: largest magnitudes by channel, and some rows."""
+"""Statistics of the inputs of layers for SmoothQuant: largest magnitudes by channel, and some rows."""
 
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from q3d_plugin import numerics
 from q3d_plugin.calibration.run import from_all_ranks
 from q3d_plugin.layers import QuantWeightLayer
 
-__all__ = ['InputStatistics']
+__all__ = ['InputSample', 'InputStatistics']
+
+
+class InputSample(NamedTuple):
+    """The inputs that some outputs of a layer are computed from, and the extent of the whole input.
+
+    Attributes:
+        rows: (R, C_in, kernel positions) inputs of R outputs; see ``QuantWeightLayer.rows_of``.
+        weights: (R,) how many outputs a row stands for, on average 1.
+        amax: (C_in,) largest magnitudes of the whole input.
+        minimum: Smallest value of the whole input.
+        amax_of_call: (R, C_in) largest magnitudes of the tensor that each row is from; None where all tensors
+            have one range.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    amax: Tensor
+    minimum: float
+    amax_of_call: Optional[Tensor] = None
 
 
 class InputStatistics:
@@ -27,9 +45,12 @@ class InputStatistics:
     Attributes:
         amax: Name -> (C_in,) largest magnitudes so far, of what is quantized: explicit scales of an earlier
             smoothing are in it. Layers that were not called are not in it.
+        minimum: Name -> smallest value so far, in the same way; a tensor without dimensions.
         rows: Name -> (rows, C_in, kernel positions): what outputs chosen at random are computed from, of
             every call of the layer as many.
         weights: Name -> (rows,) how many outputs a row stands for, on average 1.
+        amax_of_call: Name -> (rows, C_in) largest magnitudes of the tensor that each row is from; of layers
+            whose range is that of each tensor.
     """
 
     def __init__(
@@ -41,8 +62,10 @@ class InputStatistics:
     ) -> None:
         self.layers = layers
         self.amax: Dict[str, Tensor] = {}
+        self.minimum: Dict[str, Tensor] = {}
         self.rows: Dict[str, Tensor] = {}
         self.weights: Dict[str, Tensor] = {}
+        self.amax_of_call: Dict[str, Tensor] = {}
         self._sampled, self._count = frozenset(sampled), rows
         self._calls: Dict[str, int] = {}
         self._generator = torch.Generator().manual_seed(seed)
@@ -67,24 +90,38 @@ class InputStatistics:
             x = layer.features(given)
             if x.numel() == 0:
                 return
-            amax = self._amax_of(x, layer.channel_axis(x))
+            low, high = self._extent_of(x, layer.channel_axis(x))
             static = layer.smoothing and layer.smooth_spec.mode == 'static'
             if static:
-                amax = amax * layer.smooth_scale.abs()
-            self.amax[name] = torch.maximum(self.amax[name], amax) if name in self.amax else amax
+                low, high = low * layer.smooth_scale, high * layer.smooth_scale
+            amax, minimum = torch.maximum(high, -low), low.amin()
+            known = name in self.amax
+            self.amax[name] = torch.maximum(self.amax[name], amax) if known else amax
+            self.minimum[name] = torch.minimum(self.minimum[name], minimum) if known else minimum
             if name in self._sampled:
-                self._sample(name, layer, given, output, layer.smooth_scale if static else None)
+                self._sample(name, layer, given, output, layer.smooth_scale if static else None, amax)
 
         return hook
 
-    def _amax_of(self, x: Tensor, axis: int) -> Tensor:
+    def _extent_of(self, x: Tensor, axis: int) -> Tuple[Tensor, Tensor]:
+        """(C,) smallest and largest values of the channels of ``x``."""
         # The branches of a head read one tensor, one after the other.
         if self._last is None or self._last[0]() is not x or self._last[1] != axis:
-            self._last = weakref.ref(x), axis, numerics.channel_amax(x.detach(), axis).float()
+            others = [i for i in range(x.dim()) if i != axis % x.dim()]
+            low, high = x.detach(), x.detach()
+            if others:
+                low, high = low.amin(others), high.amax(others)
+            self._last = weakref.ref(x), axis, (low.float(), high.float())
         return self._last[2]
 
     def _sample(
-        self, name: str, layer: QuantWeightLayer, x: Any, output: Any, scale: Optional[Tensor]
+        self,
+        name: str,
+        layer: QuantWeightLayer,
+        x: Any,
+        output: Any,
+        scale: Optional[Tensor],
+        amax: Tensor,
     ) -> None:
         """Reservoir sampling: after n calls each row is of each call with probability 1/n."""
         if layer.features(output).numel() == 0:
@@ -97,11 +134,22 @@ class InputStatistics:
         fresh = layer.rows_of(x, output, places).detach().float()
         if scale is not None:
             fresh = fresh * scale[:, None]
-        if name not in self.rows:
-            self.rows[name], self.weights[name] = fresh.contiguous(), weights
+        new = new.to(fresh.device)
+        self._put(self.rows, name, new, fresh)
+        self._put(self.weights, name, new, weights)
+        if _is_dynamic(layer):
+            self._put(self.amax_of_call, name, new, amax.expand(len(fresh), -1))
+
+    def _put(self, kept: Dict[str, Tensor], name: str, where: Tensor, values: Tensor) -> None:
+        if name in kept:
+            kept[name][where] = values
         else:
-            new = new.to(fresh.device)
-            self.rows[name][new], self.weights[name][new] = fresh, weights
+            kept[name] = values.clone(memory_format=torch.contiguous_format)
+
+    def sample(self, name: str) -> InputSample:
+        """The rows of a layer of which some were kept, and the extent of its input."""
+        extent = self.amax[name], self.minimum[name].item()
+        return InputSample(self.rows[name], self.weights[name], *extent, self.amax_of_call.get(name))
 
     def _choose(self, layer: QuantWeightLayer, y: Tensor, count: int) -> Tuple[Tensor, Tensor]:
         """Importance sampling: half of the outputs by their energy, half evenly; and what each stands for.
@@ -127,13 +175,20 @@ class InputStatistics:
         return [name for name, good in zip(self.amax, finite) if not good]
 
     def merge_ranks(self) -> None:
-        """Gives every rank the largest magnitudes that any rank saw; rows stay where they are."""
-        everyone = from_all_ranks({name: amax.cpu() for name, amax in self.amax.items()})
+        """Gives every rank the extents over all ranks; rows stay where they are."""
+        mine = {name: (amax.cpu(), self.minimum[name].cpu()) for name, amax in self.amax.items()}
+        everyone = from_all_ranks(mine)
         if len(everyone) == 1:
             return
-        merged: Dict[str, Tensor] = {}
+        self.amax, self.minimum = {}, {}
         for name, layer in self.layers.items():
-            seen = [amax[name] for amax in everyone if name in amax]
+            seen = [extents[name] for extents in everyone if name in extents]
             if seen:
-                merged[name] = torch.stack(seen).amax(0).to(layer.weight.device)
-        self.amax = merged
+                amax, minimum = (torch.stack(values) for values in zip(*seen))
+                self.amax[name] = amax.amax(0).to(layer.weight.device)
+                self.minimum[name] = minimum.amin(0).to(layer.weight.device)
+
+
+def _is_dynamic(layer: QuantWeightLayer) -> bool:
+    """Whether the input's range is the largest magnitude of each tensor."""
+    return layer.input_quantizer is not None and layer.input_quantizer.spec.range == 'dynamic'

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from q3d_plugin import numerics
+from q3d_plugin.layers.conventions import is_wrapper
 from q3d_plugin.layers.smoothing import SmoothedInput
 from q3d_plugin.memo import TensorMemo
 from q3d_plugin.quantizer import Quantizer
@@ -27,10 +28,6 @@ __all__ = [
 REGISTRY: Dict[Type[nn.Module], Type[nn.Module]] = {}
 """Float class -> quantized class: a :class:`QuantWeightLayer`, or a module whose weights such layers below it
 read."""
-
-# Wrappers whose forward differs from their parent's only in how it treats empty input under old versions of
-# torch.
-_TRANSPARENT_WRAPPERS = ('mmcv.cnn.bricks.wrappers',)
 
 
 class InputGroup:
@@ -289,7 +286,7 @@ def _base_of(cls: Type[nn.Module]) -> Tuple[Optional[Type[nn.Module]], str]:
     can)."""
     for base in cls.__mro__:
         if base in REGISTRY:
-            if cls is base or cls.forward is base.forward or cls.__module__ in _TRANSPARENT_WRAPPERS:
+            if cls is base or cls.forward is base.forward or is_wrapper(cls):
                 return base, ''
             return None, f'{cls.__name__} computes in its own way (it overrides {base.__name__}.forward)'
     return None, 'no quantized version of this type'

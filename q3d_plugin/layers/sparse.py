@@ -9,6 +9,7 @@ from spconv.pytorch.conv import SparseConvolution
 from torch import Tensor
 
 from q3d_plugin.layers.base import QuantWeightLayer, register
+from q3d_plugin.layers.conventions import add_conventions
 
 __all__ = ['QuantSparseConvolution', 'has_quirky_1x1']
 
@@ -159,3 +160,6 @@ for _name in (
     'SparseInverseConv3d',
 ):
     _quantized(getattr(spconv, _name))
+
+# It derives from nn.Module, not from nn.Sequential.
+add_conventions(sequences=[spconv.SparseSequential])

@@ -1,5 +1,5 @@
-"""What is registered in MMDetection3D, as one table: for each float type a ``Quant`` type of the same
-arguments.
+"""The types that are registered in MMDetection3D, as one table: for each float type a ``Quant`` type of the
+same arguments.
 
 To add one: a line in :data:`PARTS`; where the forward pass adds or concatenates, or several layers read the
 same tensor, a ``setup_quant`` or a forward of its own above it. Types of mmdet that MMDetection3D's detectors
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from q3d_plugin.layers import QuantAdd, QuantConcat
-from q3d_plugin.mmdet3d import mmcv_sparse  # noqa: F401  (makes its layers known)
+from q3d_plugin.mmdet3d import conventions, mmcv_sparse  # noqa: F401  (make mmcv's modules known)
 from q3d_plugin.transforms.insert import first_layer, quantize_, share_input
+from q3d_plugin.transforms.sharing import SharedScale, declare_sharing
 
 __all__ = ['BLOCKS', 'PARTS', 'Part', 'quant_name', 'register_parts']
 
@@ -50,7 +51,7 @@ class _ResNetBlock:
     convolution shares that of the block's input (STUDY part B)."""
 
     def setup_quant(self) -> None:
-        self.add = QuantAdd()
+        self.add = QuantAdd(before_relu=True)
         # Where the shortcut begins with a pooling, its convolution reads another tensor.
         if self.downsample is not None and first_layer(self.downsample) is self.downsample[0]:
             share_input([self.conv1, self.downsample[0]])
@@ -64,7 +65,7 @@ class _ResNetBlock:
         return self.relu(residual(x))
 
     def _branch(self, x: Tensor) -> Tensor:
-        """What is added to the shortcut."""
+        """The input of the addition beside the shortcut."""
         numbers = [i for i in (1, 2, 3) if hasattr(self, f'conv{i}')]
         for i in numbers:
             x = getattr(self, f'norm{i}')(getattr(self, f'conv{i}')(x))
@@ -78,7 +79,7 @@ class _DLABlock:
     """Residual block of DLANet: its shortcut is made by the tree that it stands in."""
 
     def setup_quant(self) -> None:
-        self.add = QuantAdd()
+        self.add = QuantAdd(before_relu=True)
 
     def forward(self, x: Tensor, identity: Optional[Tensor] = None) -> Tensor:
         out = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
@@ -89,7 +90,7 @@ class _ImVoxelBlock:
     """Residual block of ImVoxelNet's necks."""
 
     def setup_quant(self) -> None:
-        self.add = QuantAdd()
+        self.add = QuantAdd(before_relu=True)
         if self.stride != 1:
             share_input([first_layer(self.conv0), first_layer(self.downsample)])
 
@@ -133,11 +134,13 @@ class Part(NamedTuple):
         mixin: What its Quant type adds: ``setup_quant``, or a forward of its own.
         children: Of a detector, the children that are parts of no registry, and so are quantized by its own
             Quant type; empty where everything below the part is quantized.
+        shared_scales: Tensors of different modules below it that have one scale.
     """
 
     base: str
     mixin: Optional[Type] = None
     children: Tuple[str, ...] = ()
+    shared_scales: Tuple[SharedScale, ...] = ()
 
 
 PARTS = (
@@ -242,9 +245,13 @@ def _quant_type(part: Part, base: Type[nn.Module]) -> Type[nn.Module]:
         children = [getattr(self, name, None) for name in part.children]
         for root in (child for child in children if child is not None) if part.children else (self,):
             quantize_(root, BLOCKS)
+        declare_sharing(self)
 
     doc = f'``{base.__name__}`` with quantized layers and BatchNorm folded; takes the same arguments.'
-    return type(quant_name(part.base), bases, {'__init__': __init__, '__doc__': doc, '__module__': __name__})
+    namespace = {'__init__': __init__, '__doc__': doc, '__module__': __name__}
+    if part.shared_scales:
+        namespace['shared_scales'] = part.shared_scales
+    return type(quant_name(part.base), bases, namespace)
 
 
 def register_parts() -> None:

@@ -1,4 +1,5 @@
-"""What is registered in OpenPCDet, as one table: for each float type a ``Quant`` type of the same arguments.
+"""The types that are registered in OpenPCDet, as one table: for each float type a ``Quant`` type of the same
+arguments.
 
 To add one: a line in :data:`PARTS`; where the forward pass adds or concatenates, or several layers read the
 same tensor, a ``setup_quant`` or a forward of its own above it. Types that the OpenPCDet at hand does not
@@ -6,7 +7,7 @@ have are passed over.
 """
 
 import importlib
-from typing import Dict, List, NamedTuple, Optional, Type
+from typing import Dict, List, NamedTuple, Optional, Tuple, Type
 
 from pcdet.models.backbones_2d.base_bev_backbone import BaseBEVBackbone
 from pcdet.utils.spconv_utils import replace_feature
@@ -16,6 +17,7 @@ from q3d_plugin.layers import QuantAdd, QuantConcat
 from q3d_plugin.openpcdet.detector import QuantDetectorMixin
 from q3d_plugin.openpcdet.registries import registry_of
 from q3d_plugin.transforms.insert import first_layer, quantize_, share_input
+from q3d_plugin.transforms.sharing import SharedScale
 
 __all__ = ['BLOCKS', 'PARTS', 'Part', 'register_parts']
 
@@ -144,11 +146,13 @@ class Part(NamedTuple):
         section: Where it stands in a model's config: a key of ``registries.REGISTRIES``.
         base: Name of the float type in that registry.
         mixin: What its Quant type adds: ``setup_quant``, or a forward of its own.
+        shared_scales: Tensors of different modules below it that have one scale.
     """
 
     section: str
     base: str
     mixin: Optional[Type] = None
+    shared_scales: Tuple[SharedScale, ...] = ()
 
 
 PARTS = (
@@ -247,6 +251,8 @@ def _quant_type(part: Part, base: Type[nn.Module]) -> Type[nn.Module]:
     bases = (base,) if part.mixin is None else (part.mixin, base)
     doc = f'``{base.__name__}`` with quantized layers and BatchNorm folded; takes the same arguments.'
     namespace = {'__doc__': doc, '__module__': __name__}
+    if part.shared_scales:
+        namespace['shared_scales'] = part.shared_scales
     if part.section != 'NAME':
 
         def __init__(self, *args, **kwargs):

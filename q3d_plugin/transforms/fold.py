@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from q3d_plugin.layers import QuantWeightLayer, why_not
+from q3d_plugin.layers.conventions import is_activation, is_sequence, pairs_of
+from q3d_plugin.transforms.folded_norm import FoldedNorm, Handover
 
 __all__ = ['Fold', 'find_pairs', 'fold_', 'fold_state_dict', 'norm_keys']
 
 _NORM_NAMES = {'conv': ('bn', 'norm'), 'linear': ('norm', 'bn'), 'fc': ('bn', 'norm')}
-_ACTIVATIONS = ('torch.nn.modules.activation', 'mmcv.cnn.bricks.activation')
 _NORM_STATE = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 
 
@@ -43,33 +44,39 @@ def _sequential_pairs(module: nn.Module) -> List[Tuple[str, str]]:
 
 
 def _named_pairs(module: nn.Module) -> List[Tuple[str, str]]:
-    order = getattr(module, 'order', None)
-    ordered = isinstance(order, tuple) and 'conv' in order and 'norm' in order
-    # mmcv's ConvModule: its own order says what follows the convolution.
-    if ordered and order.index('norm') != order.index('conv') + 1:
-        return []
     pairs = []
     for name in module._modules:
         for stem, norms in _NORM_NAMES.items():
             if name.startswith(stem) and (name == stem or name[len(stem) :].isdigit()):
                 suffix = name[len(stem) :]
                 pairs += [(name, norm + suffix) for norm in norms if norm + suffix in module._modules][:1]
-    # Cylinder3D's blocks normalize behind the activation: they have conv1, act1 and bn1, in this order.
+    # Some blocks normalize behind the activation: they have conv1, act1 and bn1, in this order.
     return [(layer, norm) for layer, norm in pairs if not _activation_between(module, layer, norm)]
 
 
 def _activation_between(module: nn.Module, layer: str, norm: str) -> bool:
     names = list(module._modules)
     between = [module._modules[n] for n in names[names.index(layer) + 1 : names.index(norm)]]
-    return any(type(m).__module__ in _ACTIVATIONS for m in between)
+    return any(is_activation(m) for m in between)
+
+
+def _possible_pairs(module: nn.Module) -> List[Tuple[str, str]]:
+    """Names of children that may be a layer and its BatchNorm."""
+    known = pairs_of(module)
+    if known is not None:
+        return known
+    return _sequential_pairs(module) if is_sequence(module) else _named_pairs(module)
 
 
 def find_pairs(root: nn.Module) -> List[Tuple[str, str]]:
     """Layers that a BatchNorm follows at once, by the structure of the modules that hold them.
 
-    In a ``Sequential`` (spconv's too) that is the next child; elsewhere ``conv1`` and ``bn1`` (or ``norm1``),
-    ``conv`` and ``bn``, ``linear`` and ``norm``, as residual blocks, mmcv's ConvModule and pillar feature
-    nets name them. Modules that stand at several places of the tree are left alone.
+    In a sequence that is the next child; elsewhere ``conv1`` and ``bn1`` (or ``norm1``), ``conv`` and ``bn``,
+    ``linear`` and ``norm``, as residual blocks and pillar feature nets name them; or the pairs that were
+    handed in for a type of block (:func:`~q3d_plugin.layers.conventions.add_conventions`). Modules that stand
+    at several places of the tree are left alone, and layers whose weight is computed from something else.
+    The forward pass tells whether this was right, see
+    :class:`~q3d_plugin.transforms.folded_norm.FoldedNorm`.
 
     Args:
         root: Where to look.
@@ -82,15 +89,13 @@ def find_pairs(root: nn.Module) -> List[Tuple[str, str]]:
         places[id(module)] = places.get(id(module), 0) + 1
     pairs = []
     for prefix, module in root.named_modules():
-        # spconv's is no nn.Sequential, and OpenPCDet derives from it.
-        sequential = isinstance(module, nn.Sequential) or any(
-            c.__name__ == 'SparseSequential' for c in type(module).__mro__
-        )
-        for layer_name, norm_name in (_sequential_pairs if sequential else _named_pairs)(module):
+        for layer_name, norm_name in _possible_pairs(module):
             layer, norm = module._modules[layer_name], module._modules[norm_name]
             if layer is None or not isinstance(norm, _BatchNorm) or not norm.track_running_stats:
                 continue
             if not isinstance(layer, QuantWeightLayer) and why_not(layer):
+                continue
+            if 'weight' not in layer._parameters:  # spectral norm, for example, would undo the fold
                 continue
             if places[id(layer)] > 1 or places[id(norm)] > 1:
                 continue
@@ -121,7 +126,7 @@ def _folded(
 
 @torch.no_grad()
 def fold_(root: nn.Module, pairs: List[Tuple[str, str]]) -> List[Fold]:
-    """Folds the BatchNorms of ``pairs`` into their layers and puts identities in their places.
+    """Folds the BatchNorms of ``pairs`` into their layers; a :class:`FoldedNorm` takes the place of each.
 
     Each layer has a bias afterwards. The layers are quantized ones already (float layers have no say in
     where their output channel is).
@@ -146,9 +151,20 @@ def fold_(root: nn.Module, pairs: List[Tuple[str, str]]) -> List[Fold]:
         parent, _, child = norm_name.rpartition('.')
         holder = root.get_submodule(parent)
         # Assigned through _modules: some containers (spconv's) have no plain attribute of that name.
-        holder._modules[child] = nn.Identity()
+        where = type(root).__name__
+        handover = Handover(f'{where}.{layer_name}', f'{where}.{norm_name}', _block_name(holder))
+        handover.attach(layer)
+        holder._modules[child] = FoldedNorm(handover)
         folds.append(Fold(layer_name, norm_name, norm.eps))
     return folds
+
+
+def _block_name(holder: nn.Module) -> str:
+    """The name of the float type of a block, for which pairs may be handed in."""
+    if is_sequence(holder):
+        return 'TypeOfTheBlock'
+    names = (cls.__name__ for cls in type(holder).__mro__)
+    return next(name for name in names if not name.startswith(('Quant', '_')))
 
 
 def fold_state_dict(root: nn.Module, state_dict: MutableMapping, prefix: str, folds: List[Fold]) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from q3d_plugin.layers import InputGroup, QuantUnit, QuantWeightLayer, converted, why_not
 from q3d_plugin.recipe import ActivationSpec, LayerPlan, Recipe, SmoothSpec, WeightSpec
 from q3d_plugin.transforms.fold import find_pairs, fold_, fold_state_dict
+from q3d_plugin.transforms.sharing import check_specs, declare_sharing
 
 __all__ = ['quantize_', 'share_input']
 
@@ -24,7 +25,8 @@ def quantize_(root: nn.Module, blocks: Mapping[Type[nn.Module], Type[nn.Module]]
         root: A float module; changed in place.
         blocks: Float block class -> quantized block class, for blocks whose forward has an addition or a
             concatenation. The quantized class derives from the float one. It may have a method
-            ``setup_quant()``, as ``root`` may, which is called once the layers below are converted.
+            ``setup_quant()``, as ``root`` may, which is called once the layers below are converted, and an
+            attribute ``shared_scales`` (:class:`~q3d_plugin.transforms.sharing.SharedScale`).
 
     Returns:
         nn.Module: ``root``.
@@ -60,7 +62,12 @@ def apply_recipe(root: nn.Module, recipe: Recipe, prefix: str = '') -> None:
         root: A module with quantized units.
         recipe: What to make.
         prefix: What the names of units begin with.
+
+    Raises:
+        Q3DError: The recipe treats units differently that were declared to have one scale.
     """
+    declare_sharing(root)
+    check_specs(root, recipe, prefix)
     shared = {}
     for name, module in root.named_modules():
         if hasattr(module, '_q3d_configured'):
@@ -70,7 +77,11 @@ def apply_recipe(root: nn.Module, recipe: Recipe, prefix: str = '') -> None:
 
 
 def share_input(layers: Iterable[nn.Module]) -> None:
-    """Declares that these units read the same tensor; those that can't be quantized are passed over."""
+    """Declares that these units read the same tensor; those that can't be quantized are passed over.
+
+    Units of different parts, and tensors that only have one scale, are declared by
+    :class:`~q3d_plugin.transforms.sharing.SharedScale`.
+    """
     group = InputGroup()
     for layer in layers:
         if isinstance(layer, QuantUnit):

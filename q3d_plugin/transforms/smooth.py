@@ -4,11 +4,11 @@ Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantizatio
 carried from linear layers to convolutions, dense and sparse: for each input channel
 ``s = max|X|^alpha / max|W|^(1 - alpha)``, the input is divided by it and the weight multiplied. Where the
 layers before can be made to produce the divided input (:mod:`q3d_plugin.transforms.graph` tells), it costs
-nothing at run time.
+nothing at run time. The search for alpha is in :mod:`q3d_plugin.transforms.smooth_search`.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -16,25 +16,10 @@ import torch
 from torch import Tensor
 
 from q3d_plugin import numerics
-from q3d_plugin.calibration import InputStatistics
 from q3d_plugin.layers import QuantWeightLayer
-from q3d_plugin.recipe import ActivationSpec
 from q3d_plugin.transforms.graph import ChannelGraph, place_of
 
-__all__ = [
-    'Joint',
-    'agree_',
-    'alphas_of',
-    'candidates',
-    'joint_amax',
-    'output_error',
-    'probe_',
-    'smooth_',
-    'sum_errors',
-]
-
-ALWAYS = (0.25, 0.5, 0.75)
-"""Values of alpha that every search tries."""
+__all__ = ['Joint', 'Layers', 'agree_', 'joint_amax', 'probe_', 'smooth_']
 
 Layers = Mapping[str, QuantWeightLayer]
 
@@ -67,7 +52,7 @@ def agree_(graph: ChannelGraph, layers: Layers) -> None:
 
 
 class Joint(NamedTuple):
-    """What layers that have to be scaled alike have in common.
+    """The extents and groups of layers that have to be scaled alike.
 
     Attributes:
         x_amax: Name -> (C_in,) largest magnitudes of the input, over all readers of a channel.
@@ -116,144 +101,6 @@ def _joined(keys: Mapping[str, np.ndarray]) -> List[List[str]]:
         for member in merged:
             group_of.update(dict.fromkeys(keys[member].tolist(), merged))
     return groups
-
-
-def candidates(grid: Sequence[float]) -> Tuple[Optional[float], ...]:
-    """What a search tries: the grid, :data:`ALWAYS`, and None, no smoothing at all.
-
-    Examples:
-        >>> candidates([0.5, 0.9])
-        (None, 0.25, 0.5, 0.75, 0.9)
-    """
-    return (None, *sorted({*grid, *ALWAYS}))
-
-
-def output_error(
-    layer: QuantWeightLayer,
-    rows: Tensor,
-    weights: Tensor,
-    x_amax: Tensor,
-    scales: Sequence[Optional[Tensor]],
-) -> Tensor:
-    """Squared error of a quantized layer's output, relative to its squared output, under several scales.
-
-    Args:
-        layer: With the specs of its quantizers.
-        rows: (R, C_in, K) what some outputs are computed from; see ``QuantWeightLayer.rows_of``.
-        weights: (R,) how many outputs each row stands for.
-        x_amax: (C_in,) largest magnitudes of the whole input.
-        scales: (C_in,) scales to try; None for ones.
-
-    Returns:
-        Tensor: (len(scales),) float64 errors.
-    """
-    weight = layer.kernel_view(layer.weight.detach()).float()
-    groups, out_channels, in_channels, positions = weight.shape
-    flat = rows.reshape(len(rows), groups, in_channels, positions)
-
-    def product(x, w):
-        x, w = (t.flatten(2).transpose(0, 1) if t is x else t.flatten(2) for t in (x, w))
-        return torch.bmm(x, w.transpose(1, 2))
-
-    reference = product(flat, weight)
-
-    def weighed(y):
-        return (y.double().square().sum((0, 2)) * weights.double()).sum()
-
-    energy = weighed(reference).clamp_min(1e-30)
-    errors = []
-    for scale in scales:
-        x, w, largest = flat, weight, x_amax
-        if scale is not None:
-            by_group = scale.reshape(groups, in_channels)
-            x, w, largest = x / by_group[None, :, :, None], w * by_group[:, None, :, None], x_amax / scale
-        if layer.input_quantizer is not None:
-            x = _quantized_input(x, weights, largest.max(), layer.input_quantizer.spec)
-        if layer.weight_quantizer is not None:
-            spec = layer.weight_quantizer.spec
-            lines = w.reshape(groups * out_channels, -1)
-            amax = numerics.weight_amax(lines, spec.bits, spec.calibrator, spec.percentile)
-            w = numerics.fake_quantize(lines, amax, spec.bits, axis=0).reshape(w.shape)
-        errors.append(weighed(product(x, w) - reference) / energy)
-    return torch.stack(errors)
-
-
-# Values of a sample that the range of an input is searched on.
-_SEARCHED = 2**14
-
-
-def _quantized_input(x: Tensor, weights: Tensor, amax: Tensor, spec: ActivationSpec) -> Tensor:
-    """``x`` on the grid that calibration would give it, by a sample of its values."""
-    unsigned = bool(x.min() >= 0) if spec.unsigned == 'auto' else bool(spec.unsigned)
-    values = x.reshape(-1)
-    # A step that is no multiple of a row takes values of every channel and position.
-    step = max(1, len(values) // _SEARCHED) | 1
-    index = torch.arange(0, len(values), step, device=x.device)
-    values, weights = values[index], weights[index // (len(values) // len(weights))]
-    if spec.calibrator == 'percentile':
-        ordered, order = values.abs().sort()
-        below = weights[order].double().cumsum(0)
-        rank = torch.searchsorted(below, below[-1:] * (spec.percentile / 100.0)).clamp_(max=len(ordered) - 1)
-        amax = torch.minimum(ordered[rank[0]], amax)
-    elif spec.calibrator != 'max':
-        factors = torch.linspace(0.2 if spec.bits >= 8 else 0.05, 1.0, 13).tolist()
-        errors = [
-            (
-                (numerics.fake_quantize(values, amax * f, spec.bits, unsigned) - values).square() * weights
-            ).sum()
-            for f in factors
-        ]
-        amax = amax * factors[int(torch.stack(errors).argmin())]
-    return numerics.fake_quantize(x, amax, spec.bits, unsigned)
-
-
-def sum_errors(layers: Layers, joint: Joint, statistics: InputStatistics) -> Dict[str, Tensor]:
-    """Errors of every layer whose alpha is searched, for every candidate.
-
-    Args:
-        layers: Those that are smoothed.
-        joint: From :func:`joint_amax`.
-        statistics: Of the inputs; layers without rows are left out.
-
-    Returns:
-        dict: Name -> (candidates,) float64 errors on the CPU.
-    """
-    errors = {}
-    for name in joint.x_amax:
-        spec = layers[name].smooth_spec
-        if spec.alpha != 'search' or name not in statistics.rows:
-            continue
-        scales = [
-            None
-            if alpha is None
-            else numerics.smoothing_scale(joint.x_amax[name], joint.weight_amax[name], alpha)
-            for alpha in candidates(spec.grid)
-        ]
-        seen = (values[name] for values in (statistics.rows, statistics.weights, statistics.amax))
-        errors[name] = output_error(layers[name], *seen, scales).cpu()
-    return errors
-
-
-def alphas_of(layers: Layers, joint: Joint, errors: Mapping[str, Tensor]) -> Dict[str, Optional[float]]:
-    """The alpha of every layer: as the recipe says, or the one of least error summed over its group.
-
-    Args:
-        layers: Those that are smoothed.
-        joint: From :func:`joint_amax`.
-        errors: From :func:`sum_errors`, summed over ranks.
-
-    Returns:
-        dict: Name -> alpha; None for a layer that is better not smoothed.
-    """
-    alphas: Dict[str, Optional[float]] = {}
-    for group in joint.groups:
-        spec = layers[group[0]].smooth_spec
-        alpha = spec.alpha
-        if alpha == 'search':
-            seen = [errors[n] for n in group if n in errors]
-            alpha = candidates(spec.grid)[int(torch.stack(seen).sum(0).argmin())] if seen else None
-        alphas.update(dict.fromkeys(group, alpha))
-    return alphas
 
 
 @torch.no_grad()

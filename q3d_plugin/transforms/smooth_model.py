@@ -11,7 +11,7 @@ from q3d_plugin.calibration import InputStatistics, evaluating, feed, from_all_r
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers import QuantWeightLayer
 from q3d_plugin.layers.model import quantizers, switched, units
-from q3d_plugin.transforms import smooth
+from q3d_plugin.transforms import smooth, smooth_search
 from q3d_plugin.transforms.graph import ChannelGraph, tensors_in
 
 __all__ = ['READ_ONCE', 'smooth_model']
@@ -72,8 +72,8 @@ def smooth_model(
             )
     joint = smooth.joint_amax(graph, wanted, statistics.amax)
     errors: Dict[str, Any] = {}
-    for mine in from_all_ranks(smooth.sum_errors(wanted, joint, statistics)):
+    for mine in from_all_ranks(smooth_search.sum_errors(wanted, joint, statistics)):
         for name, error in mine.items():
             errors[name] = errors[name] + error if name in errors else error
-    smooth.smooth_(graph, layers, joint, smooth.alphas_of(wanted, joint, errors))
+    smooth.smooth_(graph, layers, joint, smooth_search.alphas_of(wanted, joint, errors))
     return seen

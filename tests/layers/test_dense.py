@@ -10,6 +10,7 @@ from q3d_plugin.layers import REGISTRY, QuantWeightLayer, converted, why_not
 from q3d_plugin.recipe import LayerPlan, Recipe
 
 mmcv_wrappers = pytest.importorskip('mmcv.cnn.bricks.wrappers')
+pytest.importorskip('q3d_plugin.mmdet3d')  # hands mmcv's types in
 
 CASES = {
     'conv1d': (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),

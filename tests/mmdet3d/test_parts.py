@@ -23,6 +23,7 @@ from q3d_plugin.mmdet3d import parts
 from q3d_plugin.mmdet3d.parts import BLOCKS, PARTS, quant_name
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.transforms.insert import quantize_
+from q3d_plugin.transforms.sharing import SharedScale, check_sharing
 
 SHARED = Path(os.environ.get('Q3D_SHARED', Path(__file__).resolve().parents[3] / 'shared'))
 FRAME = sorted((SHARED / 'data' / 'nuscenes_frame').glob('*LIDAR_TOP*.pcd.bin'))
@@ -97,6 +98,20 @@ def test_residual_blocks_off_are_float(name, randomized):
     first = getattr(quant[0], 'conv1' if 'imvoxel' not in name else 'conv0')
     reads = [m for m in first.modules() if hasattr(m, 'weight')][0].input_quantizer
     assert all((m.input_quantizer is reads) == ('pooled' not in name) for m in shortcut)
+
+
+@pytest.mark.parametrize('name', RESIDUAL_BLOCKS)
+def test_what_the_relu_behind_a_residual_block_removes_does_not_widen_the_range(name):
+    torch.manual_seed(0)
+    block = nn.Sequential(RESIDUAL_BLOCKS[name]()).eval()
+    last = [m for n, m in block.named_modules() if 'downsample' not in n and hasattr(m, 'running_mean')][-1]
+    with torch.no_grad():
+        last.bias[0] = -100
+    quant = quantize_(copy.deepcopy(block), BLOCKS)
+    x = torch.randn((2, 8, 6, 6, 6) if 'imvoxel' in name else (2, 8, 6, 6)).relu()
+    lifecycle.calibrate(quant, [x], quant)
+    assert block(x)[:, 0].max() == 0
+    assert quant[0].add.input_quantizer._amax.item() < 20
 
 
 def test_a_block_that_recomputes_its_forward_has_the_same_gradients(randomized):
@@ -235,6 +250,33 @@ def test_first_layers_of_all_branches_share_one_quantizer(build_model):
     heads = model.pts_bbox_head.task_heads
     first = {getattr(h, b)[0].conv.input_quantizer for h in heads for b in h.heads}
     assert len(first) == 1 and len(first.pop().owners) == 36
+
+
+def test_what_reads_one_tensor_is_declared(build_model, points, raw_outputs):
+    model = build_model(TOY[1])
+    lifecycle.configure(model, Recipe.from_dict({'mode': 'float'}))
+    found = check_sharing(model, lambda: raw_outputs(model, points))
+    # Backbone and neck are parts of their own, and only the detector, which has no Quant type, holds both.
+    # The two quantizers see the same tensor in calibration, so that their ranges are equal.
+    assert found.apart == [['pts_backbone.blocks.1.0', 'pts_neck.deblocks.0.0']]
+    assert found.together == []
+
+
+def test_a_part_may_declare_scales_that_its_modules_share():
+    """A line of the table: a detector whose backbone and neck have one scale."""
+    scale = SharedScale('levels', ('backbone.1', 'img_mlp.0'))
+    part = parts.Part('ImVoteNet', children=('img_mlp',), shared_scales=(scale,))
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.backbone = quantize_(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Conv1d(2, 2, 1)))
+        self.img_mlp = nn.Sequential(nn.Conv1d(2, 2, 1))
+
+    made = parts._quant_type(part, type('Base', (nn.Module,), {'__init__': __init__}))()
+    assert made.backbone[1].input_group is made.img_mlp[0].input_group is not None
+    lifecycle.configure(made, Recipe.from_dict({}))
+    assert made.backbone[1].input_quantizer is made.img_mlp[0].input_quantizer
+    assert made.backbone[0].input_quantizer is not made.img_mlp[0].input_quantizer
 
 
 def test_gradients_reach_every_float_weight(build_model, points):

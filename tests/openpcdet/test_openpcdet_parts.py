@@ -7,6 +7,7 @@ import torch
 
 from q3d_plugin import lifecycle
 from q3d_plugin.coverage import coverage
+from q3d_plugin.transforms.sharing import check_sharing
 
 OFF = {'MODE': 'float'}
 
@@ -65,6 +66,14 @@ def test_every_layer_is_quantized_and_what_reads_the_same_shares(make, outputs, 
     # Behind a ReLU the range is unsigned.
     signed = {n for n, r in rows.items() if r.activation.startswith('int8')}
     assert signed == {n for n, r in rows.items() if r.kind == 'Add'} | {'backbone_3d.conv_input.0'}
+
+
+def test_what_reads_one_tensor_is_declared(make, outputs):
+    model = make(OFF)
+    found = check_sharing(model, lambda: outputs(model))
+    assert found.apart == []
+    # A block pads its input with zeros before its first convolution, which changes no scale.
+    assert found.together == [['backbone_2d.blocks.1.1', 'backbone_2d.deblocks.0.0']]
 
 
 def test_anchor_branches_share_their_input(make):

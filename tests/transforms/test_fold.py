@@ -8,12 +8,13 @@ from torch import nn
 
 from q3d_plugin.checkpoints import check_state_dict
 from q3d_plugin.cpu import enable_cpu_mode
+from q3d_plugin.errors import Q3DError
+from q3d_plugin.layers import conventions as conventions_module
 from q3d_plugin.lifecycle import set_enabled
 from q3d_plugin.transforms.fold import Fold, find_pairs, fold_state_dict, norm_keys
 from q3d_plugin.transforms.insert import quantize_
 
 spconv = pytest.importorskip('spconv.pytorch')
-ConvModule = pytest.importorskip('mmcv.cnn').ConvModule
 
 enable_cpu_mode()
 
@@ -111,17 +112,7 @@ CASES = {
     'residual': (Residual, (1, 4, 6, 6)),
     'residual_norm': (lambda: Residual('norm'), (1, 4, 6, 6)),
     'pillar': (Pillar, (9, 5)),
-    'conv_module': (lambda: ConvModule(3, 4, 3, norm_cfg=dict(type='BN')), (1, 3, 6, 6)),
-    'conv_module_norm_first': (
-        lambda: ConvModule(3, 4, 3, norm_cfg=dict(type='BN'), order=('norm', 'conv', 'act')),
-        (1, 3, 6, 6),
-    ),
-    'conv_module_act_between': (
-        lambda: ConvModule(3, 3, 3, norm_cfg=dict(type='BN'), order=('conv', 'act', 'norm')),
-        (1, 3, 6, 6),
-    ),
 }
-KEPT = ('conv_module_norm_first', 'conv_module_act_between')
 
 
 def batch_norms(model):
@@ -139,9 +130,8 @@ def test_a_float_model_computes_the_same_after_the_change(name):
     quant = without_ranges(copy.deepcopy(model))
     x = torch.randn(shape)
     assert_close(quant(x), model(x))
-    assert len(batch_norms(quant)) == (1 if name in KEPT else 0)
-    if name not in KEPT:
-        assert all(m.bias is not None for m in quant.modules() if hasattr(m, 'weight_quantizer'))
+    assert not batch_norms(quant)
+    assert all(m.bias is not None for m in quant.modules() if hasattr(m, 'weight_quantizer'))
 
 
 @pytest.mark.parametrize('strict', [True, False])
@@ -328,20 +318,6 @@ def test_pairs_of_a_sparse_sequential_are_neighbours():
     assert find_pairs(sparse_net()) == [('0', '1'), ('3', '4'), ('5', '6'), ('7', '8')]
 
 
-@pytest.mark.parametrize(
-    'order, expected',
-    [
-        (('conv', 'norm', 'act'), [('conv', 'bn')]),
-        (('act', 'conv', 'norm'), [('conv', 'bn')]),
-        (('norm', 'conv', 'act'), []),
-        (('conv', 'act', 'norm'), []),
-        (('norm', 'act', 'conv'), []),
-    ],
-)
-def test_a_conv_module_says_itself_what_follows_the_convolution(order, expected):
-    assert find_pairs(ConvModule(4, 4, 1, norm_cfg=dict(type='BN'), order=order)) == expected
-
-
 def test_pairs_of_residual_blocks_have_one_number():
     expected = [('conv1', 'bn1'), ('conv2', 'bn2'), ('downsample.0', 'downsample.1')]
     assert sorted(find_pairs(Residual())) == expected
@@ -399,7 +375,7 @@ def test_a_checkpoint_in_half_precision_is_folded_in_single():
 
 
 def test_a_norm_behind_the_activation_is_no_pair():
-    """Cylinder3D's blocks have conv1, act1 and bn1, and run them in this order."""
+    """A block that has conv1, act1 and bn1 runs them in this order."""
     block = nn.Module()
     block.conv1, block.act1, block.bn1 = nn.Conv2d(2, 4, 1), nn.LeakyReLU(), nn.BatchNorm2d(4)
     block.conv2, block.bn2, block.act2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.LeakyReLU()
@@ -414,3 +390,56 @@ def test_pairs_of_what_derives_from_a_sparse_sequential():
 
     made = SparseSequentialBatchdict(spconv.SubMConv3d(2, 4, 3, bias=False), nn.BatchNorm1d(4), nn.ReLU())
     assert find_pairs(made) == [('0', '1')]
+
+
+def test_a_layer_whose_weight_is_computed_is_no_pair():
+    layer = nn.utils.spectral_norm(nn.Conv2d(3, 4, 1))
+    assert find_pairs(sequential(layer, nn.BatchNorm2d(4))) == []
+
+
+class DenseLayer(nn.Module):
+    """The naming and the order of DenseNet: normalized before the convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        return torch.cat([x, self.conv2(self.norm2(self.conv1(self.norm1(x).relu())).relu())], 1)
+
+
+@pytest.fixture
+def conventions(monkeypatch):
+    """Pairs that are forgotten after the test."""
+    monkeypatch.setattr(conventions_module, '_pairs', {})
+    return conventions_module.add_conventions
+
+
+def test_pairs_that_are_handed_in_take_the_place_of_the_rules(conventions):
+    class Derived(DenseLayer):
+        pass
+
+    conventions(pairs={DenseLayer: lambda block: [('conv1', 'norm2')]})
+    for kind in (DenseLayer, Derived):
+        model = randomize(sequential(kind(), nn.Conv2d(8, 3, 1), nn.BatchNorm2d(3)))
+        assert find_pairs(model) == [('1', '2'), ('0.conv1', '0.norm2')]
+        quant = without_ranges(copy.deepcopy(model))
+        x = torch.randn(2, 4, 5, 5)
+        assert_close(quant(x), model(x))
+        loaded = without_ranges(sequential(kind(), nn.Conv2d(8, 3, 1), nn.BatchNorm2d(3))).eval()
+        assert not loaded.load_state_dict(model.state_dict()).unexpected_keys
+        assert_close(loaded(x), model(x))
+
+
+def test_pairs_that_name_no_child_are_refused(conventions):
+    conventions(pairs={DenseLayer: lambda block: [('conv1', 'nrom2')]})
+    with pytest.raises(Q3DError, match=r"pairs of DenseLayer: it has no child 'nrom2'.*'norm2'"):
+        find_pairs(DenseLayer())
+
+
+@pytest.mark.parametrize('kind', [nn.Sequential, nn.Module, spconv.SparseSequential])
+def test_pairs_of_what_is_no_block_are_refused(conventions, kind):
+    with pytest.raises(Q3DError, match=f'pairs of {kind.__name__}: it is no block type of its own'):
+        conventions(pairs={kind: lambda block: []})
+    assert find_pairs(sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))) == [('0', '1')]

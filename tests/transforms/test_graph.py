@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from q3d_plugin.lifecycle import set_enabled, units
 from q3d_plugin.transforms import graph as graph_module
+from q3d_plugin.transforms.channel_rules import OperatorRules
 from q3d_plugin.transforms.graph import ChannelGraph
 from q3d_plugin.transforms.insert import quantize_, share_input
 
@@ -332,10 +333,10 @@ def test_decoding_is_watched_until_every_layer_is_known(late):
 
     seen = []
 
-    class Counting(graph_module._Watch):
-        def _operation(self, name, *args):
+    class Counting(OperatorRules):
+        def operation(self, name, *args):
             seen.append(name)
-            super()._operation(name, *args)
+            super().operation(name, *args)
 
     model = quantize_(Detector()).eval()
     set_enabled(model, False)
@@ -347,7 +348,7 @@ def test_decoding_is_watched_until_every_layer_is_known(late):
             model.second = not late or i > 0
             seen.clear()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(graph_module, '_Watch', Counting)
+                patch.setattr(graph_module, 'OperatorRules', Counting)
                 with graph.watching() as watch:
                     watch.returned(model(images()))
             counts.append(seen.count('sigmoid'))

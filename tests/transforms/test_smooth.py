@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from q3d_plugin import checkpoints, lifecycle, numerics
-from q3d_plugin.calibration import InputStatistics
+from q3d_plugin.calibration import InputSample, InputStatistics
 from q3d_plugin.coverage import coverage
 from q3d_plugin.cpu import enable_cpu_mode
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers import QuantAdd, QuantConcat, converted
 from q3d_plugin.recipe import Recipe
-from q3d_plugin.transforms import smooth
+from q3d_plugin.transforms import smooth, smooth_search
 from q3d_plugin.transforms.graph import ChannelGraph
 from q3d_plugin.transforms.insert import quantize_, share_input
 
@@ -537,9 +537,9 @@ def test_the_search_takes_the_least_error_of_each_group(name):
     smooth.agree_(graph, layers)
     joint = smooth.joint_amax(graph, layers, statistics.amax)
     assert sorted(n for g in joint.groups for n in g) == sorted(layers)
-    errors = smooth.sum_errors(layers, joint, statistics)
-    alphas = smooth.alphas_of(layers, joint, errors)
-    tried = smooth.candidates([0.1, 0.9])
+    errors = smooth_search.sum_errors(layers, joint, statistics)
+    alphas = smooth_search.alphas_of(layers, joint, errors)
+    tried = smooth_search.candidates([0.1, 0.9])
     assert tried == (None, 0.1, 0.25, 0.5, 0.75, 0.9)
     for group in joint.groups:
         assert len({alphas[n] for n in group}) == 1
@@ -560,9 +560,9 @@ def test_the_error_of_the_search_is_that_of_the_quantized_layer():
     lifecycle.configure(model, Recipe.from_dict(dict(target='simulation', activation=dict(calibrator='max'))))
     out = torch.zeros(2, 6, 4, 4)
     rows = layer.rows_of(x, out, torch.arange(32))
-    largest = x.abs().amax((0, 2, 3))
+    sample = InputSample(rows, torch.ones(32), x.abs().amax((0, 2, 3)), x.min().item())
     scale = torch.rand(8) + 0.2
-    got = smooth.output_error(layer, rows, torch.ones(32), largest, [None, scale])
+    got = smooth_search.output_error(layer, sample, [None, scale])
     for mine, s in zip(got, (torch.ones(8), scale)):
         twin = copy.deepcopy(model)
         twin[0].weight.data.copy_(layer.scale_input(layer.weight, s).detach())
@@ -571,6 +571,76 @@ def test_the_error_of_the_search_is_that_of_the_quantized_layer():
         with torch.no_grad():
             error = (twin(x / s[:, None, None]) - expected).square().sum() / expected.square().sum()
         assert float(mine) == pytest.approx(float(error), rel=1e-3)
+
+
+def _calibrated_twin(layer, frames, **activation):
+    """A copy of a layer whose range calibration set on ``frames``."""
+    twin = nn.Sequential(copy.deepcopy(layer))
+    lifecycle.configure(twin, Recipe.from_dict(dict(target='simulation', activation=activation)))
+    lifecycle.calibrate(twin, frames, twin)
+    return twin
+
+
+SPECS = [
+    dict(calibrator=calibrator, bits=bits, **more)
+    for calibrator in ('max', 'mse', 'grid', 'percentile', 'entropy')
+    for bits in (4, 8)
+    for more in ({}, {'percentile': 99.0} if calibrator == 'percentile' else {'unsigned': False})
+] + [dict(range='dynamic'), dict(range='dynamic', bits=4), dict(range='dynamic', unsigned=True)]
+
+
+@pytest.mark.parametrize('spec', SPECS, ids=lambda s: '-'.join(map(str, s.values())))
+@pytest.mark.parametrize('sign', ['relu', 'both'])
+def test_the_search_has_the_range_that_calibration_gives(spec, sign):
+    """Rows are the whole input here, so both see the same values; frames differ in size and have outliers."""
+    layer = converted(nn.Linear(8, 6, bias=False)).eval()
+    # Heavy tails, which an entropy search cuts elsewhere than one for the least error.
+    frames = [torch.distributions.StudentT(2.0).sample((150, 8)) * size for size in (0.02, 1.0, 5.0)]
+    if sign == 'relu' or spec.get('unsigned') is True:
+        frames = [f.relu() for f in frames]
+    rows, scale = torch.cat(frames), torch.rand(8) + 0.2
+    model = nn.Sequential(layer)
+    lifecycle.configure(model, Recipe.from_dict(dict(target='simulation', activation=spec)))
+    of_call = torch.cat([f.abs().amax(0).expand(len(f), -1) for f in frames])
+    extent = rows.abs().amax(0), rows.min().item()
+    sample = InputSample(rows[..., None], torch.ones(len(rows)), *extent, of_call)
+    got = smooth_search.output_error(layer, sample, [None, scale])
+    for mine, s in zip(got, (torch.ones(8), scale)):
+        smoothed = copy.deepcopy(layer)
+        smoothed.weight.data.mul_(s)
+        twin = _calibrated_twin(smoothed, [f / s for f in frames], **spec)
+        with torch.no_grad():
+            found = torch.cat([twin(f / s) for f in frames])
+            expected = rows @ layer.weight.t()
+        error = (found - expected).double().square().sum() / expected.double().square().sum()
+        assert float(mine) == pytest.approx(float(error), rel=1e-3)
+
+
+@pytest.mark.parametrize('activation', [dict(range='dynamic'), dict(calibrator='mse')])
+def test_the_alpha_that_is_found_is_the_best_one_of_the_real_layer(activation):
+    """Small frames and large ones: what is best for one range of all is not best for a range of each."""
+    torch.manual_seed(1)
+    layer = converted(nn.Linear(16, 12, bias=False)).eval()
+    wide = torch.logspace(-1.5, 1.5, 16)
+    with torch.no_grad():
+        layer.weight.mul_(wide.flip(0))
+    frames = [torch.randn(200, 16) * wide * size for size in (0.01, 1, 30)]
+    activation = dict(bits=6, **activation)
+    model = nn.Sequential(copy.deepcopy(layer))
+    recipe = dict(smoothquant=dict(alpha='search', grid=[0.1, 0.9]), activation=activation)
+    lifecycle.configure(model, Recipe.from_dict({'target': 'simulation', **recipe}))
+    lifecycle.calibrate(model, frames, model)
+    found = None if math.isnan(model[0].smooth_alpha) else round(model[0].smooth_alpha.item(), 4)
+    rows, weight = torch.cat(frames), layer.input_amax()
+    expected, errors = rows @ layer.weight.t(), {}
+    for alpha in smooth_search.candidates([0.1, 0.9]):
+        s = torch.ones(16) if alpha is None else numerics.smoothing_scale(rows.abs().amax(0), weight, alpha)
+        smoothed = copy.deepcopy(layer)
+        smoothed.weight.data.mul_(s)
+        twin = _calibrated_twin(smoothed, [f / s for f in frames], **activation)
+        with torch.no_grad():
+            errors[alpha] = (torch.cat([twin(f / s) for f in frames]) - expected).square().sum().item()
+    assert errors[found] <= min(errors.values()) * 1.1
 
 
 @pytest.mark.parametrize('kind', ['conv', 'transposed', 'linear', 'sparse'])
@@ -588,14 +658,15 @@ def test_the_search_is_not_worse_than_any_fixed_alpha_on_its_sample(kind):
     lifecycle.set_enabled(model, True)
     graph = ChannelGraph([('0', layer)])
     joint = smooth.joint_amax(graph, {'0': layer}, statistics.amax)
-    found = smooth.alphas_of({'0': layer}, joint, smooth.sum_errors({'0': layer}, joint, statistics))['0']
+    found = smooth_search.alphas_of(
+        {'0': layer}, joint, smooth_search.sum_errors({'0': layer}, joint, statistics)
+    )['0']
     weight = layer.input_amax()
     scales = [
         None if a is None else numerics.smoothing_scale(statistics.amax['0'], weight, a)
         for a in (found, None, 0.25, 0.5, 0.75)
     ]
-    seen = (values['0'] for values in (statistics.rows, statistics.weights, statistics.amax))
-    errors = smooth.output_error(layer, *seen, scales)
+    errors = smooth_search.output_error(layer, statistics.sample('0'), scales)
     assert errors[0] <= errors[1:].min()
 
 

@@ -1,0 +1,251 @@
+"""Groups of tensors that have one scale across modules: named as data by a model, and found by running it.
+
+Layers of one part that read the same tensor are declared where the part is set up
+(:func:`~q3d_plugin.transforms.insert.share_input`). Groups that span modules are declared by a model or part
+that holds them, as its attribute ``shared_scales``: a neck's concatenation and the next stage's convolution,
+for example, between which an engine would have to convert one scale to the other.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
+
+from torch import Tensor, nn
+
+from q3d_plugin.errors import Q3DError, near_matches
+from q3d_plugin.layers import InputGroup, QuantUnit, QuantWeightLayer
+from q3d_plugin.layers.model import units
+from q3d_plugin.recipe import LayerPlan, Recipe, matches
+from q3d_plugin.transforms.graph import tensors_in
+
+__all__ = ['SharedScale', 'Sharing', 'check_sharing', 'check_specs', 'declare_sharing', 'found_groups']
+
+
+class SharedScale(NamedTuple):
+    """Units whose inputs have one scale, and so one quantizer.
+
+    A module declares some as its attribute ``shared_scales``, a tuple.
+
+    Attributes:
+        name: For messages.
+        units: Patterns of names of units (layers, additions, concatenations), relative to the module that
+            declares them. Those of the recipe: a name also stands for everything below it.
+        optional: Whether a pattern may match nothing, as where a variant of a model lacks a layer.
+    """
+
+    name: str
+    units: Tuple[str, ...]
+    optional: bool = False
+
+
+class Sharing(NamedTuple):
+    """How the groups that were declared differ from those that a forward pass showed.
+
+    Attributes:
+        apart: Names of layers that read one tensor and have the same settings, but several quantizers.
+        together: Names of units that were declared to read one tensor, and read several.
+    """
+
+    apart: List[List[str]]
+    together: List[List[str]]
+
+
+def declare_sharing(model: nn.Module, groups: Sequence[SharedScale] = ()) -> None:
+    """Gives the units of each group one :class:`~q3d_plugin.layers.InputGroup`, and so one quantizer.
+
+    Groups that have a unit in common are joined, those of :func:`~q3d_plugin.transforms.insert.share_input`
+    too. Quantizers that are there already stay what they are until a recipe is applied; harmless when called
+    again.
+
+    Args:
+        model: With quantized units. The ``shared_scales`` of all modules below it are declared, too.
+        groups: More of them, with names relative to ``model``.
+
+    Raises:
+        Q3DError: A pattern matches no unit, or a group has only one.
+
+    Examples:
+        >>> from q3d_plugin.transforms.insert import quantize_
+        >>> model = quantize_(nn.ModuleDict(dict(neck=nn.Conv2d(3, 3, 1), head=nn.Conv2d(3, 3, 1))))
+        >>> declare_sharing(model, [SharedScale('out', ('neck', 'head'))])
+        >>> model['neck'].input_group is model['head'].input_group
+        True
+    """
+    named = dict(units(model))
+    joined: List[Set[str]] = [set(names) for _, names in _declared(model, groups, list(named))]
+    if not joined:
+        return
+    by_group: Dict[int, Set[str]] = {}
+    for name, unit in named.items():
+        if unit.input_group is not None:
+            by_group.setdefault(id(unit.input_group), set()).add(name)
+    declared = set().union(*joined)
+    for names in _joined([*joined, *by_group.values()]):
+        if not names & declared:
+            continue
+        members = [unit for name, unit in named.items() if name in names]
+        present = [unit.input_group for unit in members if unit.input_group is not None]
+        group = present[0] if present else InputGroup()
+        for unit in members:
+            unit.input_group = group
+
+
+def _declared(
+    model: nn.Module, groups: Sequence[SharedScale], names: Sequence[str]
+) -> Iterator[Tuple[SharedScale, List[str]]]:
+    """Every declared group of ``model`` and of the modules below it, with the names of its units."""
+    places = [('', type(model).__name__, group) for group in groups]
+    for prefix, module in model.named_modules():
+        for group in getattr(module, 'shared_scales', ()):
+            places.append((prefix + '.' if prefix else '', type(module).__name__, group))
+    for prefix, owner, group in places:
+        below = [name[len(prefix) :] for name in names if name.startswith(prefix)]
+        found: Dict[str, None] = {}
+        for pattern in group.units:
+            meant = [name for name in below if matches(pattern, name)]
+            if not meant and not group.optional:
+                raise Q3DError(
+                    f'{owner}.shared_scales: {group.name!r}: {pattern!r} matches no layer, addition or '
+                    f'concatenation{near_matches(pattern, below)}'
+                )
+            found.update(dict.fromkeys(prefix + name for name in meant))
+        if len(found) > 1:
+            yield group, list(found)
+        elif not group.optional:
+            raise Q3DError(
+                f'{owner}.shared_scales: {group.name!r}: {next(iter(found), "nothing")} alone was given; two '
+                'or more units, whose inputs have one scale, would work'
+            )
+
+
+def _joined(sets: Sequence[Set[str]]) -> List[Set[str]]:
+    """The sets, those that have a name in common made one."""
+    out: List[Set[str]] = []
+    for names in sets:
+        touching = [other for other in out if other & names]
+        out = [other for other in out if not other & names] + [names.union(*touching)]
+    return out
+
+
+def check_specs(model: nn.Module, recipe: Recipe, prefix: str = '', path: str = 'recipe') -> None:
+    """Raises where the recipe treats units of one declared group differently, which cannot have one scale.
+
+    Units that stay float take no part.
+
+    Args:
+        model: With quantized units.
+        recipe: Validated recipe.
+        prefix: What the names of units begin with in the recipe.
+        path: Where the recipe stands in the config, for the message.
+
+    Raises:
+        Q3DError: Group, both units and what is different are named.
+    """
+    for group, names in _declared(model, (), [name for name, _ in units(model)]):
+        plans = {prefix + name: recipe.plan(prefix + name) for name in names}
+        plans = {name: plan for name, plan in plans.items() if plan.activation is not None}
+        first = next(iter(plans), '')
+        for name, plan in plans.items():
+            different = _difference(plans[first], plan)
+            if different:
+                key, one, other = different
+                raise Q3DError(
+                    f'{path}: the inputs of {first!r} and {name!r} have one scale ({group.name!r}), but '
+                    f'{key} {one!r} and {other!r} were given; the same for both would work, by one override '
+                    f'that names both'
+                )
+
+
+def _difference(a: LayerPlan, b: LayerPlan) -> Optional[Tuple[str, Any, Any]]:
+    """The first setting of the input in which two plans differ: its path, and both values."""
+    for key, one, other in (('activation', a.activation, b.activation), ('smoothquant', a.smooth, b.smooth)):
+        if one is None or other is None:
+            if one is not other:
+                return key, one and 'on', other and 'on'
+            continue
+        for field in dataclasses.fields(one):
+            values = getattr(one, field.name), getattr(other, field.name)
+            if values[0] != values[1]:
+                return (f'{key}.{field.name}', *values)
+    return None
+
+
+def found_groups(model: nn.Module, forward: Callable[[], Any]) -> List[List[str]]:
+    """Names of the units that read the same tensor in one forward pass, for every tensor that several read.
+
+    Args:
+        model: With quantized units.
+        forward: Runs the pass.
+    """
+    return [names for names in _readers(model, forward) if len(names) > 1]
+
+
+def check_sharing(model: nn.Module, forward: Callable[[], Any]) -> Sharing:
+    """Compares the groups that are declared with those that one forward pass shows.
+
+    Additions and concatenations have a scale of their own for all their inputs, so that only layers with a
+    weight are expected to share.
+
+    Args:
+        model: Configured.
+        forward: Runs the pass.
+    """
+    named, readers = dict(units(model)), _readers(model, forward)
+    apart = []
+    for names in readers:
+        layers = [n for n in names if isinstance(named[n], QuantWeightLayer) and named[n].input_quantizer]
+        by_settings: Dict[Any, List[str]] = {}
+        for name in layers:
+            settings = named[name].input_quantizer.spec, named[name].smooth_spec
+            by_settings.setdefault(settings, []).append(name)
+        for group in by_settings.values():
+            if len({id(named[name].input_quantizer) for name in group}) > 1:
+                apart.append(group)
+    scales = {name for _, names in _declared(model, (), list(named)) for name in names}
+    called = {name for names in readers for name in names}
+    by_group: Dict[int, List[str]] = {}
+    for name, unit in named.items():
+        if unit.input_group is not None and name in called:
+            by_group.setdefault(id(unit.input_group), []).append(name)
+    together = [
+        names
+        for names in by_group.values()
+        if not scales.intersection(names) and not any(set(names) <= set(seen) for seen in readers)
+    ]
+    return Sharing(apart, together)
+
+
+def _readers(model: nn.Module, forward: Callable[[], Any]) -> List[List[str]]:
+    """For every tensor that a unit reads in one pass, the names of its readers in the order of the pass."""
+    readers: List[List[str]] = []
+    latest: Dict[int, Tuple[weakref.ref, Optional[int], List[str]]] = {}
+
+    def reading(name: str):
+        def hook(unit, args, kwargs):
+            for x in _inputs(unit, args, kwargs):
+                version = None if x.is_inference() else x._version
+                known = latest.get(id(x))
+                if known is None or known[0]() is not x or known[1] != version:
+                    known = latest[id(x)] = (weakref.ref(x), version, [])
+                    readers.append(known[2])
+                if name not in known[2]:
+                    known[2].append(name)
+
+        return hook
+
+    handles = [unit.register_forward_pre_hook(reading(name), with_kwargs=True) for name, unit in units(model)]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return readers
+
+
+def _inputs(unit: QuantUnit, args: Tuple, kwargs: Dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that go through the input quantizer of a unit."""
+    if isinstance(unit, QuantWeightLayer):
+        yield unit.features(args[0] if args else next(iter(kwargs.values())))
+    else:
+        yield from tensors_in([args, kwargs])
