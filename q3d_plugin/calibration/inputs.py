@@ -1,7 +1,6 @@
 """Statistics of the inputs of layers for SmoothQuant: largest magnitudes by channel, and some rows."""
 
 import contextlib
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from q3d_plugin.calibration.run import from_all_ranks
 from q3d_plugin.layers import QuantWeightLayer
+from q3d_plugin.memo import TensorMemo
 
 __all__ = ['InputSample', 'InputStatistics']
 
@@ -69,7 +69,7 @@ class InputStatistics:
         self._sampled, self._count = frozenset(sampled), rows
         self._calls: Dict[str, int] = {}
         self._generator = torch.Generator().manual_seed(seed)
-        self._last = None
+        self._extents: Dict[int, TensorMemo] = {}
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -106,13 +106,16 @@ class InputStatistics:
     def _extent_of(self, x: Tensor, axis: int) -> Tuple[Tensor, Tensor]:
         """(C,) smallest and largest values of the channels of ``x``."""
         # The branches of a head read one tensor, one after the other.
-        if self._last is None or self._last[0]() is not x or self._last[1] != axis:
+        memo = self._extents.setdefault(axis % x.dim(), TensorMemo())
+        extent = memo.value_of(x)
+        if extent is None:
             others = [i for i in range(x.dim()) if i != axis % x.dim()]
             low, high = x.detach(), x.detach()
             if others:
                 low, high = low.amin(others), high.amax(others)
-            self._last = weakref.ref(x), axis, (low.float(), high.float())
-        return self._last[2]
+            extent = low.float(), high.float()
+            memo.keep(x, extent)
+        return extent
 
     def _sample(
         self,

@@ -128,7 +128,7 @@ def _joined(sets: Sequence[Set[str]]) -> List[Set[str]]:
     return out
 
 
-def check_specs(model: nn.Module, recipe: Recipe, prefix: str = '', path: str = 'recipe') -> None:
+def check_specs(model: nn.Module, recipe: Recipe, prefix: str = '') -> None:
     """Raises where the recipe treats units of one declared group differently, which cannot have one scale.
 
     Units that stay float take no part.
@@ -137,7 +137,6 @@ def check_specs(model: nn.Module, recipe: Recipe, prefix: str = '', path: str = 
         model: With quantized units.
         recipe: Validated recipe.
         prefix: What the names of units begin with in the recipe.
-        path: Where the recipe stands in the config, for the message.
 
     Raises:
         Q3DError: Group, both units and what is different are named.
@@ -151,7 +150,7 @@ def check_specs(model: nn.Module, recipe: Recipe, prefix: str = '', path: str = 
             if different:
                 key, one, other = different
                 raise Q3DError(
-                    f'{path}: the inputs of {first!r} and {name!r} have one scale ({group.name!r}), but '
+                    f'{recipe.place}: the inputs of {first!r} and {name!r} have one scale ({group.name!r}), but '
                     f'{key} {one!r} and {other!r} were given; the same for both would work, by one override '
                     f'that names both'
                 )

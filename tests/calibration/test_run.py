@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from q3d_plugin.calibration import collect, compute_ranges
+from q3d_plugin.calibration import InputStatistics, collect, compute_ranges
 from q3d_plugin.errors import Q3DError
-from q3d_plugin.lifecycle import configure, quantizers
+from q3d_plugin.lifecycle import configure, quantizers, set_enabled
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.transforms.insert import quantize_
 
@@ -163,3 +163,14 @@ def test_two_ranks_have_the_ranges_of_one_that_saw_everything_and_stop_together(
             assert torch.equal(result['ranges'][key], value)
         assert "NaN or Inf in the input of '0'" in result['error'] and 'number 1' in result['error']
         assert result['training']
+
+
+def test_input_statistics_notice_that_a_tensor_was_changed_in_place():
+    model = quantize_(nn.ModuleDict({name: nn.Conv2d(2, 3, 1) for name in 'ab'}))
+    set_enabled(model, False)
+    statistics = InputStatistics(dict(model.items()))
+    x = torch.ones(1, 2, 3, 3)
+    with statistics.attached(), torch.no_grad():
+        model['a'](x)
+        model['b'](x.mul_(5))
+    assert statistics.amax['a'].tolist() == [1, 1] and statistics.amax['b'].tolist() == [5, 5]
