@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from q3d_plugin.layers.model import is_calibrated, layer_facts, quantizers, set_
 from q3d_plugin.quantizer import Role
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.transforms.insert import apply_recipe
+from q3d_plugin.transforms.sharing import check_sharing
 from q3d_plugin.transforms.smooth_model import READ_ONCE, smooth_model
 
 __all__ = ['calibrate', 'check_recipe', 'configure', 'is_calibrated', 'quantizers', 'set_enabled', 'units']
@@ -56,6 +58,28 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
     recipe.check(layer_facts(model))
 
 
+def _compared(model: nn.Module, forward: Callable, logger: logging.Logger) -> Callable:
+    """``forward``; its first call compares which layers read one tensor with what was declared."""
+    looked = False
+
+    def compared(batch: Any) -> Any:
+        nonlocal looked
+        if looked:
+            return forward(batch)
+        looked, out = True, []
+        found = check_sharing(model, lambda: out.append(forward(batch)))
+        for group in found.apart:
+            logger.debug(f'these layers read one tensor and have quantizers of their own: {", ".join(group)}')
+        for group in found.together:
+            logger.warning(
+                f'these layers share a quantizer, as layers that read one tensor, but read several: '
+                f'{", ".join(group)}'
+            )
+        return out[0]
+
+    return compared
+
+
 def calibrate(
     model: nn.Module,
     batches: Iterable,
@@ -90,7 +114,7 @@ def calibrate(
     with switched(activations, True), switched(weights, False):
         for quantizer in weights:
             quantizer.used = False
-        seen = collect(model, batches, forward, activations, names)
+        seen = collect(model, batches, _compared(model, forward, logger), activations, names)
     if seen == 0 and smoothed:
         raise Q3DError(READ_ONCE.format(type(batches).__name__))
     if seen == 0:

@@ -660,3 +660,23 @@ def test_a_quantized_layer_of_a_derived_class_travels_between_processes(tmp_path
     )
     command = [sys.executable, '-c', code, str(tmp_path / 'model.pth'), str(Path(__file__).parent)]
     subprocess.run(command, check=True, env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)})
+
+
+def test_layers_that_share_a_quantizer_but_read_several_tensors_are_named_in_calibration(caplog):
+    class Wrong(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+            quantize_(self)
+
+        def setup_quant(self):
+            share_input([self.a, self.b])
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    model = Wrong()
+    lifecycle.configure(model, Recipe())
+    with caplog.at_level(logging.WARNING):
+        lifecycle.calibrate(model, [torch.randn(1, 2, 3, 3)] * 2, model)
+    assert caplog.text.count('but read several: a, b') == 1

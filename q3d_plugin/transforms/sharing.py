@@ -150,9 +150,9 @@ def check_specs(model: nn.Module, recipe: Recipe, prefix: str = '') -> None:
             if different:
                 key, one, other = different
                 raise Q3DError(
-                    f'{recipe.place}: the inputs of {first!r} and {name!r} have one scale ({group.name!r}), but '
-                    f'{key} {one!r} and {other!r} were given; the same for both would work, by one override '
-                    f'that names both'
+                    f'{recipe.place}: the inputs of {first!r} and {name!r} have one scale ({group.name!r}), '
+                    f'but {key} {one!r} and {other!r} were given; the same for both would work, by one '
+                    'override that names both'
                 )
 
 
