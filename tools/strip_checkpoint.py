@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from q3d_plugin import checkpoints
+from q3d_plugin.checkpoint_file import check_checkpoint_file
 from q3d_plugin.errors import Q3DError
 
 
@@ -51,7 +51,7 @@ def compress(source: Path, out: Path) -> None:
 
 def strip(checkpoint: Path, out: Path, half: bool, deflate: bool) -> None:
     """Reads, strips and writes; ``out`` appears whole or not at all."""
-    checkpoints.check_checkpoint_file(str(checkpoint))
+    check_checkpoint_file(str(checkpoint))
     if not out.parent.is_dir():
         raise Q3DError(f'{out}: the folder {out.parent} does not exist')
     with contextlib.suppress(ImportError):

@@ -8,8 +8,8 @@ from typing import Dict, List, Optional
 
 import torch
 
-from q3d_plugin import checkpoints
 from q3d_plugin.bench import Bench
+from q3d_plugin.checkpoint_file import check_checkpoint_file
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import check_writable
 from q3d_plugin.recipe import Recipe
@@ -138,7 +138,7 @@ def open_bench(
         )
     if not path.is_file():
         raise Q3DError(f'config {config!r} is not a file (looked in {Path.cwd()})')
-    checkpoints.check_checkpoint_file(checkpoint)
+    check_checkpoint_file(checkpoint)
     if path.suffix == '.py':
         try:
             from q3d_plugin.mmdet3d.bench import MMDet3DBench

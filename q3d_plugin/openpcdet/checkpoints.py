@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from q3d_plugin import checkpoints
+from q3d_plugin.checkpoint_file import check_checkpoint_file
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 
@@ -42,7 +43,7 @@ def read_checkpoint(filename: str, source: str) -> Dict[str, Any]:
     Raises:
         Q3DError: The file is missing, cut off, holds objects that are no plain data, or is of MMDetection3D.
     """
-    checkpoints.check_checkpoint_file(filename)
+    check_checkpoint_file(filename)
     trust_openpcdet_checkpoints()
     try:
         checkpoint = torch.load(filename, map_location='cpu', weights_only=True)
