@@ -339,8 +339,9 @@ class Recipe:
         calibration: What the ranges are taken from.
 
     Examples:
-        >>> recipe = Recipe.from_dict(dict(skip=['head'], overrides=[dict(layers='neck',
-        weight=dict(bits=4))])) >>> recipe.plan('neck.0').weight.bits, recipe.plan('head.0').weight
+        >>> neck = dict(layers='neck', weight=dict(bits=4))
+        >>> recipe = Recipe.from_dict(dict(skip=['head'], overrides=[neck]))
+        >>> recipe.plan('neck.0').weight.bits, recipe.plan('head.0').weight
         (4, None)
     """
 
