@@ -11,7 +11,7 @@ from pytorch_quantization.nn import TensorQuantizer
 
 from q3d_plugin import numerics
 from q3d_plugin.errors import Q3DError
-from q3d_plugin.quantizer import Mode, Quantizer
+from q3d_plugin.quantizer import Mode, Quantizer, largest_magnitude
 from q3d_plugin.recipe import ActivationSpec, WeightSpec
 
 
@@ -317,6 +317,12 @@ def test_a_dynamic_range_is_that_of_the_current_tensor(unsigned, bits):
     other = Quantizer(ActivationSpec(bits=bits), name='other')
     other.load_state_dict(quantizer.state_dict())
     assert other.dynamic and torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_the_largest_magnitude_of_several_tensors_in_every_precision(dtype):
+    tensors = [torch.tensor(v, dtype=dtype) for v in ([-3.0, 2.0], [], [1.5])]
+    assert torch.equal(largest_magnitude(*tensors), torch.tensor(3.0, dtype=dtype))
 
 
 def test_a_dynamic_range_lets_gradients_through():

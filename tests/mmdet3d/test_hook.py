@@ -15,6 +15,7 @@ import torch
 from q3d_plugin import lifecycle
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers import converted
+from q3d_plugin.quantizer import Mode
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = {'calibration': {'frames': 2}, 'activation': {'calibrator': 'max'}}
@@ -102,7 +103,7 @@ def test_more_frames_than_there_are_is_said_and_all_are_used(runner, float_check
         made.call_hook('before_test')
     assert '500 were asked for' in messages(caplog) and 'has 3' in messages(caplog)
     observed = {q.mode for q in lifecycle.quantizers(made.model)}
-    assert lifecycle.Mode.UNCALIBRATED not in observed
+    assert Mode.UNCALIBRATED not in observed
 
 
 @pytest.mark.parametrize(
