@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from q3d_plugin import safe_load
 from q3d_plugin.checkpoint_file import check_checkpoint_file
 from q3d_plugin.errors import Q3DError
 
@@ -59,7 +60,7 @@ def strip(checkpoint: Path, out: Path, half: bool, deflate: bool) -> None:
     from q3d_plugin.openpcdet.checkpoints import trust_openpcdet_checkpoints
 
     trust_openpcdet_checkpoints()
-    content = stripped(torch.load(checkpoint, map_location='cpu', weights_only=True), half)
+    content = stripped(safe_load.load(str(checkpoint)), half)
     temporary, packed = (out.with_name(f'.{out.name}.{i}.tmp') for i in range(2))
     try:
         torch.save(content, temporary)
