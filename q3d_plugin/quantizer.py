@@ -84,7 +84,7 @@ def largest_magnitude(*tensors: Tensor) -> Tensor:
     Args:
         tensors: Any shapes.
     """
-    found = [torch.stack(torch.aminmax(t.detach())).abs().amax() for t in tensors if t.numel()]
+    found = [numerics.extremes(t.detach()).abs().amax().to(t.dtype) for t in tensors if t.numel()]
     return torch.stack(found).amax() if found else torch.zeros(())
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from q3d_plugin import numerics
 from q3d_plugin.errors import Q3DError
-from q3d_plugin.quantizer import Mode, Quantizer, Role, Stage
+from q3d_plugin.quantizer import Mode, Quantizer, Role, Stage, largest_magnitude
 from q3d_plugin.recipe import ActivationSpec, WeightSpec
 
 
@@ -320,6 +320,12 @@ def test_a_dynamic_range_is_that_of_the_current_tensor(unsigned, bits):
     other = Quantizer(ActivationSpec(bits=bits), name='other')
     other.load_state_dict(quantizer.state_dict())
     assert other.dynamic and torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_the_largest_magnitude_of_several_tensors_in_every_precision(dtype):
+    tensors = [torch.tensor(v, dtype=dtype) for v in ([-3.0, 2.0], [], [1.5])]
+    assert torch.equal(largest_magnitude(*tensors), torch.tensor(3.0, dtype=dtype))
 
 
 def test_a_dynamic_range_lets_gradients_through():
