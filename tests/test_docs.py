@@ -240,6 +240,14 @@ def test_the_readme_is_short_has_a_picture_and_leads_to_every_page():
         assert f'(docs/{page.name})' in text
 
 
+def test_every_package_is_in_the_structure():
+    text = text_of('docs/structure.md')
+    packages = [p.parent.name for p in (ROOT / 'q3d_plugin').glob('*/__init__.py')]
+    assert packages
+    for name in packages:
+        assert f'{name}/' in text, name
+
+
 # The worked example.
 
 
