@@ -36,7 +36,7 @@ class Role(enum.Enum):
 
 
 class Stage(enum.Enum):
-    """What a quantizer does with the next tensor."""
+    """The treatment that the next tensor gets from a quantizer."""
 
     OFF = 'off'
     """It was switched off: the tensor passes unchanged."""
@@ -156,7 +156,7 @@ class Quantizer(TensorQuantizer):
 
     @property
     def stage(self) -> Stage:
-        """What it does with the next tensor."""
+        """The treatment that the next tensor gets."""
         if not self.enabled:
             return Stage.OFF
         if self.observer is not None:

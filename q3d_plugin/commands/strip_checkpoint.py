@@ -21,7 +21,7 @@ from q3d_plugin.files import replacing
 
 
 def stripped(given: dict, half: bool) -> dict:
-    """What is kept of a checkpoint.
+    """Selects the part of a checkpoint that is kept.
 
     Args:
         given: The content of the file, of either framework.
