@@ -1,4 +1,4 @@
-"""The analysis' door to the real OpenPCDet: set OPENPCDET_ROOT to a checkout to run these."""
+"""The analysis on the real OpenPCDet: set OPENPCDET_ROOT to a checkout to run these."""
 
 import os
 from pathlib import Path
