@@ -1,0 +1,1 @@
+"""The commands of ``q3d``, one module each."""
