@@ -1,4 +1,4 @@
-"""OpenPCDet's adapter on the contract double: Quant names put into a config and taken out, models built of both."""
+"""OpenPCDet's adapter on the contract double: Quant names put into a config and taken out, models of both."""
 
 import importlib
 
@@ -79,7 +79,7 @@ def test_both_models_of_the_same_weights_compute_the_same(build, config_file, fr
 def test_changes_of_the_config(build, config_file, tmp_path):
     mine = build.OpenPCDet()
     cfg = mine.read(config_file, {'DATA_CONFIG.DATA_PATH': str(tmp_path / 'other')})
-    assert cfg.DATA_CONFIG.DATA_PATH == str(tmp_path / 'other')
+    assert str(tmp_path / 'other') == cfg.DATA_CONFIG.DATA_PATH
     with pytest.raises(Q3DError, match='no such key'):
         mine.read(config_file, {'DATA_CONFIG.DATA_PAHT': 'x'})
 
