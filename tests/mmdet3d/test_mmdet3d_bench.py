@@ -1,4 +1,4 @@
-"""The analysis' door to MMDetection3D: its outputs, its frames, its metric."""
+"""The bench of MMDetection3D: its outputs, its frames, its metric."""
 
 import pytest
 import torch
