@@ -12,7 +12,7 @@ FILES = sorted(p for p in ROOT.rglob('*.py') if 'configs' not in p.relative_to(R
 
 # From the bottom up: a module imports from its own level's package and from the levels before it.
 LEVELS = (
-    ('errors', 'files', 'text', 'metrics', 'extras', 'shipped', 'progress', 'memo', 'cpu'),
+    ('errors', 'files', 'text', 'metrics', 'extras', 'shipped', 'progress', 'memo', 'cpu', 'kernel'),
     ('numerics', 'recipe'),
     ('observer',),
     ('quantizer',),
