@@ -85,7 +85,7 @@ def largest_magnitude(*tensors: Tensor) -> Tensor:
         tensors: Any shapes.
     """
     found = [torch.stack(torch.aminmax(t.detach())).abs().amax() for t in tensors if t.numel()]
-    return torch.stack(found).amax() if found else torch.zeros(())
+    return torch.stack(found).amax() if found else torch.zeros((), device=tensors[0].device)
 
 
 _ITSELF = object()
