@@ -1,9 +1,6 @@
 """Checkpoints of quantized models: checked before they are loaded, and written whole or not at all."""
 
 import dataclasses
-import pickle
-import struct
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -21,7 +18,6 @@ from q3d_plugin.transforms.fold import fold_state_dict
 
 __all__ = [
     'META_KEY',
-    'check_checkpoint_file',
     'check_recipe_of',
     'check_state_dict',
     'is_quantized_checkpoint',
@@ -39,35 +35,6 @@ META_KEY = 'q3d'
 def is_quantized_checkpoint(state_dict: Mapping) -> bool:
     """Whether ``state_dict`` holds ranges."""
     return any(k.endswith('_quantizer._state') for k in state_dict)
-
-
-def check_checkpoint_file(path: str) -> None:
-    """Raises :class:`Q3DError` where ``path`` is missing or a checkpoint that was cut off; URLs are not
-    looked at."""
-    if '://' in str(path):
-        return
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise Q3DError(f'checkpoint {str(path)!r} is not a file (looked in {Path.cwd()})')
-    with file.open('rb') as f:
-        start = f.read(4)
-    if len(start) < 4:
-        raise Q3DError(f'checkpoint {str(path)!r} has only {len(start)} bytes: copy it again')
-    if start.startswith(b'PK') and not zipfile.is_zipfile(file):
-        raise Q3DError(
-            f'checkpoint {str(path)!r} is truncated ({file.stat().st_size} bytes, its end is '
-            'missing): copy it again'
-        )
-    if not start.startswith((b'PK', b'\x80')):
-        raise Q3DError(f'checkpoint {str(path)!r} is not a PyTorch checkpoint: it starts with {start!r}')
-    try:
-        torch.load(file, map_location='meta', weights_only=True)
-    except pickle.UnpicklingError:
-        pass  # objects that the framework's loader may allow; it decides
-    except (RuntimeError, EOFError, OSError, IndexError, struct.error) as error:
-        # A file in torch's old format that was cut off ends in any of these, some without a word.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise Q3DError(f'checkpoint {str(path)!r} cannot be read ({reason}): copy it again') from error
 
 
 _OWN_KEYS = ('_quantizer._amax', '_quantizer._state', '.smooth_alpha', '.smooth_scale', '.smooth_weight')

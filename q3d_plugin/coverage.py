@@ -100,7 +100,7 @@ def coverage(model: nn.Module) -> List[CoverageRow]:
 
 
 def _smoothing_of(module: QuantUnit) -> Tuple[Optional[Dict[str, Any]], str]:
-    """What is known of the smoothing of a unit: for JSON, and in words."""
+    """The smoothing of a unit: as plain data for JSON, and in words for the table."""
     spec = getattr(module, 'smooth_spec', None)
     if spec is None:
         return None, ''

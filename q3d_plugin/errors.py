@@ -49,7 +49,7 @@ def near_matches(given: str, known: Iterable[str], count: int = 3) -> str:
         >>> near_matches('wieght', ['weight', 'activation'])
         "; did you mean 'weight'?"
     """
-    known = [str(k) for k in known]
+    known = list(dict.fromkeys(str(k) for k in known))
     near = difflib.get_close_matches(str(given), known, n=count, cutoff=0.6)
     if near:
         return '; did you mean ' + ', '.join(repr(n) for n in near) + '?'

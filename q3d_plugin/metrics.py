@@ -8,7 +8,7 @@ __all__ = ['summarize']
 
 
 def summarize(found: Mapping[str, Any], per_class: Optional[Mapping[str, float]] = None) -> Dict[str, Any]:
-    """What a framework's evaluation reported, in one form.
+    """Brings what a framework's evaluation reported into one form.
 
     Args:
         found: Metrics by name; MMDetection3D puts the name of the evaluator before them.

@@ -15,6 +15,7 @@ __all__ = [
     'bounds',
     'channel_amax',
     'dequantized_levels',
+    'extremes',
     'fake_quantize',
     'native_fake_quantize',
     'search_entropy',
@@ -27,6 +28,20 @@ __all__ = [
 
 # A scale below this would overflow when it is inverted; a channel of zeros has one.
 _TINY = 1e-30
+
+
+def extremes(x: Tensor) -> Tensor:
+    """Smallest and largest element.
+
+    Args:
+        x: Any shape but an empty one, floating point.
+
+    Returns:
+        Tensor: (2,), of the dtype of ``x`` or a wider one.
+    """
+    # aten::aminmax has no kernel for half precision on the CPU in torch 2.1.
+    wider = x.dtype == torch.float16 and x.device.type == 'cpu'
+    return torch.stack(torch.aminmax(x.float() if wider else x))
 
 
 def bounds(bits: int, unsigned: bool = False) -> Tuple[int, int]:

@@ -6,6 +6,8 @@ from typing import Any, Dict, Optional, Tuple
 import torch
 from torch import Tensor
 
+from q3d_plugin.numerics import extremes
+
 __all__ = ['MagnitudeHistogram']
 
 # Elements that are counted at once.
@@ -68,7 +70,7 @@ class MagnitudeHistogram:
         if x.numel() == 0:
             return True
         x = x.detach()
-        low, high = torch.stack(torch.aminmax(x)).float().tolist()
+        low, high = extremes(x).float().tolist()
         if not (math.isfinite(low) and math.isfinite(high)):
             return False
         self.frames += 1

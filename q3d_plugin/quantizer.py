@@ -36,7 +36,7 @@ class Role(enum.Enum):
 
 
 class Stage(enum.Enum):
-    """What a quantizer does with the next tensor."""
+    """The treatment that the next tensor gets from a quantizer."""
 
     OFF = 'off'
     """It was switched off: the tensor passes unchanged."""
@@ -84,7 +84,7 @@ def largest_magnitude(*tensors: Tensor) -> Tensor:
     Args:
         tensors: Any shapes.
     """
-    found = [torch.stack(torch.aminmax(t.detach())).abs().amax() for t in tensors if t.numel()]
+    found = [numerics.extremes(t.detach()).abs().amax().to(t.dtype) for t in tensors if t.numel()]
     return torch.stack(found).amax() if found else torch.zeros((), device=tensors[0].device)
 
 
@@ -156,7 +156,7 @@ class Quantizer(TensorQuantizer):
 
     @property
     def stage(self) -> Stage:
-        """What it does with the next tensor."""
+        """The treatment that the next tensor gets."""
         if not self.enabled:
             return Stage.OFF
         if self.observer is not None:

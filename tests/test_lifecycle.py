@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from q3d_plugin import checkpoints, lifecycle
+from q3d_plugin.checkpoint_file import check_checkpoint_file
 from q3d_plugin.coverage import coverage, coverage_table
 from q3d_plugin.cpu import enable_cpu_mode
 from q3d_plugin.errors import Q3DError
@@ -325,62 +326,7 @@ def test_quantizers_that_lack_and_that_are_too_many_are_named():
         checkpoints.check_state_dict(configured(dict(skip=['left'])), whole.state_dict())
 
 
-# Checkpoint files.
-
-
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-    """Whole checkpoints in both formats of torch."""
-    folder = tmp_path_factory.mktemp('files')
-    content = dict(meta=dict(epoch=3), state_dict=float_net().state_dict())
-    torch.save(content, folder / 'zip.pth')
-    torch.save(content, folder / 'old.pth', _use_new_zipfile_serialization=False)
-    return folder
-
-
-@pytest.mark.parametrize('name', ['zip.pth', 'old.pth'])
-def test_whole_files_pass(files, name):
-    checkpoints.check_checkpoint_file(str(files / name))
-
-
-@pytest.mark.parametrize('name', ['zip.pth', 'old.pth'])
-@pytest.mark.parametrize('keep', [0, 1, 3, 4, 10, 64, 500, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, -100, -21, -1])
-def test_a_file_that_was_cut_off_is_refused(files, tmp_path, name, keep):
-    content = (files / name).read_bytes()
-    length = int(len(content) * keep) if isinstance(keep, float) else keep % len(content)
-    path = tmp_path / 'cut.pth'
-    path.write_bytes(content[:length])
-    with pytest.raises(Q3DError) as caught:
-        checkpoints.check_checkpoint_file(str(path))
-    assert str(caught.value).startswith(f'checkpoint {str(path)!r}') and 'copy it again' in str(caught.value)
-
-
-def test_a_missing_file_is_named_with_where_it_was_looked_for(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(Q3DError) as caught:
-        checkpoints.check_checkpoint_file('float.pth')
-    assert "'float.pth' is not a file" in str(caught.value) and str(tmp_path) in str(caught.value)
-    with pytest.raises(Q3DError, match='is not a file'):
-        checkpoints.check_checkpoint_file(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    'content', [b'<html>404', b'version https://git-lfs', b'\x93NUMPY\x01\x00', b'{"a": 1}']
-)
-def test_what_is_no_checkpoint_is_refused(tmp_path, content):
-    path = tmp_path / 'page.pth'
-    path.write_bytes(content)
-    with pytest.raises(Q3DError, match='is not a PyTorch checkpoint'):
-        checkpoints.check_checkpoint_file(str(path))
-
-
-def test_urls_and_objects_of_a_framework_are_left_to_its_loader(tmp_path):
-    checkpoints.check_checkpoint_file('https://example.com/a.pth')
-    path = tmp_path / 'objects.pth'
-    torch.save(dict(meta=dict(where=Path('somewhere'), when=Recipe()), state_dict={}), path)
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(path, weights_only=True)
-    checkpoints.check_checkpoint_file(str(path))
+# Checkpoint files; tests/test_checkpoint_file.py has those that are damaged.
 
 
 def test_a_saved_checkpoint_loads_safely_and_describes_itself(tmp_path):
@@ -391,7 +337,7 @@ def test_a_saved_checkpoint_loads_safely_and_describes_itself(tmp_path):
     path = tmp_path / 'quantized.pth'
     checkpoints.save_checkpoint(model, recipe, str(path), dict(dataset_meta=dict(classes=['car'])))
     assert os.listdir(tmp_path) == ['quantized.pth']
-    checkpoints.check_checkpoint_file(str(path))
+    check_checkpoint_file(str(path))
     loaded = torch.load(path, weights_only=True)
     assert loaded['meta']['dataset_meta'] == dict(classes=['car'])
     checkpoints.check_recipe_of(loaded['meta'], loaded['state_dict'], model, recipe)
@@ -466,7 +412,7 @@ def test_a_process_killed_in_the_middle_of_a_save_leaves_no_half_file(tmp_path, 
     assert [p.stat().st_size for p in tmp_path.glob('*.tmp*')] == [200000]
     assert path.exists() == (first == 'yes')
     if first == 'yes':
-        checkpoints.check_checkpoint_file(str(path))
+        check_checkpoint_file(str(path))
         assert torch.load(path, weights_only=True)['state_dict']['weight'].shape == (300, 300)
 
 

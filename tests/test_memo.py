@@ -1,4 +1,4 @@
-"""What was computed from a tensor, for others that read it: only while nothing changed."""
+"""A value is remembered for those who read the same tensor, only while nothing changed."""
 
 import gc
 import pickle

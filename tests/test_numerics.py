@@ -354,6 +354,14 @@ def test_weight_ranges_against_brute_force_per_channel(calibrator, bits):
     assert got[7] == 0
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_extremes_are_the_smallest_and_largest_element(dtype):
+    x = (torch.randn(7, 3) * 100).to(dtype)
+    values = [float(v) for v in x.flatten()]
+    assert numerics.extremes(x).tolist() == [min(values), max(values)]
+    assert numerics.extremes(x[:1, :1]).tolist() == [values[0], values[0]]
+
+
 def test_weight_ranges_of_max_are_the_largest_magnitudes():
     rows = weights()
     expected = [max(abs(v) for v in row.flatten().tolist()) for row in rows]

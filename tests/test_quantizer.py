@@ -322,6 +322,12 @@ def test_a_dynamic_range_is_that_of_the_current_tensor(unsigned, bits):
     assert other.dynamic and torch.equal(other(x), expected)
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_the_largest_magnitude_of_several_tensors_in_every_precision(dtype):
+    tensors = [torch.tensor(v, dtype=dtype) for v in ([-3.0, 2.0], [], [1.5])]
+    assert torch.equal(largest_magnitude(*tensors), torch.tensor(3.0, dtype=dtype))
+
+
 def test_a_dynamic_range_lets_gradients_through():
     quantizer = activation(0.1, range='dynamic')
     x = torch.randn(10, requires_grad=True)

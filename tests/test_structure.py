@@ -19,7 +19,7 @@ LEVELS = (
     ('layers',),
     ('calibration',),
     ('transforms',),
-    ('coverage', 'checkpoint_file', 'checkpoints', 'run_record'),
+    ('coverage', 'safe_load', 'checkpoint_file', 'checkpoints', 'run_record'),
     ('lifecycle',),
     ('bench',),
     ('mmdet3d', 'openpcdet'),

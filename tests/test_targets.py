@@ -1,4 +1,4 @@
-"""What a target can run: the table, the errors before any data is read, and how signedness is settled."""
+"""Targets and what they can run: the table, the errors before data is read, and how signedness is settled."""
 
 import pytest
 import torch

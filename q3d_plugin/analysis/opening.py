@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Optional
 
-from q3d_plugin import checkpoints
 from q3d_plugin.bench import Bench
+from q3d_plugin.checkpoint_file import check_checkpoint_file
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.shipped import find_shipped
@@ -36,7 +36,7 @@ def open_bench(
         )
     if not path.is_file():
         raise Q3DError(f'config {config!r} is not a file (looked in {Path.cwd()})')
-    checkpoints.check_checkpoint_file(checkpoint)
+    check_checkpoint_file(checkpoint)
     if path.suffix == '.py':
         try:
             from q3d_plugin.mmdet3d.bench import MMDet3DBench

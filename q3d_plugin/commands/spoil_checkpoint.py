@@ -15,7 +15,7 @@ from typing import Dict, List, Optional, Tuple
 import numpy as np
 import torch
 
-from q3d_plugin import checkpoints, lifecycle
+from q3d_plugin import checkpoints, lifecycle, safe_load
 from q3d_plugin.analysis.opening import open_bench
 from q3d_plugin.bench import Bench
 from q3d_plugin.commands import _common
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> str:
     if not args.out.parent.is_dir():
         raise Q3DError(f'{args.out}: the folder {args.out.parent} does not exist')
     bench = open_bench(args.config, args.checkpoint, _common.options_of(args))
-    content = torch.load(find_shipped(args.checkpoint), map_location='cpu', weights_only=True)
+    content = safe_load.load(str(find_shipped(args.checkpoint)))
     key = 'state_dict' if 'state_dict' in content else 'model_state'
     if checkpoints.is_quantized_checkpoint(content[key]):
         raise Q3DError(f'checkpoint {args.checkpoint!r} is quantized: a float one would work')

@@ -14,13 +14,14 @@ from typing import List, Optional
 
 import torch
 
-from q3d_plugin import checkpoints
+from q3d_plugin import safe_load
+from q3d_plugin.checkpoint_file import check_checkpoint_file
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import replacing
 
 
 def stripped(given: dict, half: bool) -> dict:
-    """What is kept of a checkpoint.
+    """Selects the part of a checkpoint that is kept.
 
     Args:
         given: The content of the file, of either framework.
@@ -51,7 +52,7 @@ def compress(source: Path, out: Path) -> None:
 
 def strip(checkpoint: Path, out: Path, half: bool, deflate: bool) -> None:
     """Reads, strips and writes."""
-    checkpoints.check_checkpoint_file(str(checkpoint))
+    check_checkpoint_file(str(checkpoint))
     if not out.parent.is_dir():
         raise Q3DError(f'{out}: the folder {out.parent} does not exist')
     with contextlib.suppress(ImportError):
@@ -59,7 +60,7 @@ def strip(checkpoint: Path, out: Path, half: bool, deflate: bool) -> None:
     from q3d_plugin.openpcdet.checkpoints import trust_openpcdet_checkpoints
 
     trust_openpcdet_checkpoints()
-    content = stripped(torch.load(checkpoint, map_location='cpu', weights_only=True), half)
+    content = stripped(safe_load.load(str(checkpoint)), half)
     with replacing(out) as temporary:
         torch.save(content, temporary)
         if deflate:

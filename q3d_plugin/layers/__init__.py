@@ -1,4 +1,4 @@
-"""Quantized modules. Importing this room makes every layer type known that is installed here."""
+"""Quantized modules. Importing this package registers every type of layer that is installed here."""
 
 from q3d_plugin.layers import attention, dense
 from q3d_plugin.layers.base import (

@@ -27,7 +27,7 @@ def units(model: nn.Module) -> List[Tuple[str, QuantUnit]]:
 
 
 def layer_facts(model: nn.Module) -> List[LayerFacts]:
-    """What a recipe has to know of every layer, addition and concatenation that can be quantized."""
+    """The facts by which a recipe is checked, for every layer, addition and concatenation of the model."""
     return [LayerFacts(name, unit.family, hasattr(unit, 'weight')) for name, unit in units(model)]
 
 

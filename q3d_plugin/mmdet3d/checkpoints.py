@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from typing import Any, Dict
 
 import numpy as np
-import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler import param_scheduler
 from torch import nn
 
-from q3d_plugin import checkpoints
+from q3d_plugin import checkpoints, safe_load
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 
@@ -45,11 +44,9 @@ _pickled_method.__module__, _pickled_method.__qualname__ = 'builtins', 'getattr'
 
 def trust_mmengine_checkpoints() -> None:
     """Declares safe what MMEngine writes into a training checkpoint beside tensors: histories, schedules."""
-    if not hasattr(torch.serialization, 'add_safe_globals'):
-        return
     arrays = [np.ndarray, np.dtype, np.core.multiarray._reconstruct, np.core.multiarray.scalar]
     dtypes = [type(np.dtype(kind)) for kind in _DTYPES]
-    torch.serialization.add_safe_globals([HistoryBuffer, _pickled_method, *_SCHEDULERS, *arrays, *dtypes])
+    safe_load.trust([HistoryBuffer, _pickled_method, *_SCHEDULERS, *arrays, *dtypes])
 
 
 def check_checkpoint(

@@ -11,6 +11,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from q3d_plugin import checkpoints, lifecycle
+from q3d_plugin.checkpoint_file import check_checkpoint_file
 from q3d_plugin.coverage import coverage, coverage_table
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import check_writable, plain, write_text
@@ -62,7 +63,7 @@ class QuantHook(Hook):
         check_writable(Path(runner.work_dir))
         if runner._load_from is not None:
             self._source = f'checkpoint {str(runner._load_from)!r}'
-            checkpoints.check_checkpoint_file(runner._load_from)
+            check_checkpoint_file(runner._load_from)
         lifecycle.configure(self._model(runner), self.recipe)
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:

@@ -213,7 +213,10 @@ PARTS = (
 
 
 def _block(base: Type[nn.Module], mixin: Type) -> Type[nn.Module]:
-    return type(f'Quant{base.__name__}', (mixin, base), {'__module__': __name__})
+    # mmdet has several Bottlenecks; pickle finds a class by its name.
+    name = f'Quant{base.__name__}_{base.__module__.rpartition(".")[2]}'
+    globals()[name] = type(name, (mixin, base), {'__module__': __name__})
+    return globals()[name]
 
 
 BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from q3d_plugin import checkpoints
+from q3d_plugin import checkpoints, safe_load
+from q3d_plugin.checkpoint_file import check_checkpoint_file
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 
@@ -22,11 +23,10 @@ def trust_openpcdet_checkpoints() -> None:
     """Declares safe what OpenPCDet writes into a training checkpoint beside tensors: NumPy numbers.
 
     Its one-cycle schedule computes learning rates and momenta with NumPy, and they are in the state of the
-    optimizer. From torch 2.6 on such a checkpoint would not load otherwise.
+    optimizer. Such a checkpoint would not load otherwise.
     """
-    if hasattr(torch.serialization, 'add_safe_globals'):
-        arrays = [np.ndarray, np.dtype, np.core.multiarray._reconstruct, np.core.multiarray.scalar]
-        torch.serialization.add_safe_globals([*arrays, *(type(np.dtype(kind)) for kind in _DTYPES)])
+    arrays = [np.ndarray, np.dtype, np.core.multiarray._reconstruct, np.core.multiarray.scalar]
+    safe_load.trust([*arrays, *(type(np.dtype(kind)) for kind in _DTYPES)])
 
 
 def read_checkpoint(filename: str, source: str) -> Dict[str, Any]:
@@ -42,10 +42,10 @@ def read_checkpoint(filename: str, source: str) -> Dict[str, Any]:
     Raises:
         Q3DError: The file is missing, cut off, holds objects that are no plain data, or is of MMDetection3D.
     """
-    checkpoints.check_checkpoint_file(filename)
+    check_checkpoint_file(filename)
     trust_openpcdet_checkpoints()
     try:
-        checkpoint = torch.load(filename, map_location='cpu', weights_only=True)
+        checkpoint = safe_load.load(filename)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if 'GLOBAL' in line or 'global' in line), '')
         raise Q3DError(

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from pcdet.models import load_data_to_gpu
 from pcdet.utils.spconv_utils import find_all_spconv_keys
 
-from q3d_plugin import checkpoints, lifecycle
+from q3d_plugin import checkpoints, lifecycle, safe_load
+from q3d_plugin.checkpoint_file import check_checkpoint_file
 from q3d_plugin.coverage import coverage, coverage_table
 from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.openpcdet.checkpoints import pack_recipe, read_checkpoint, unpack_recipe
@@ -124,8 +125,8 @@ class QuantDetectorMixin:
                 state = checkpoint.get('optimizer_state')
                 beside = Path(filename).with_name(f'{Path(filename).stem}_optim{Path(filename).suffix}')
                 if state is None and beside.is_file():
-                    checkpoints.check_checkpoint_file(str(beside))
-                    state = torch.load(beside, map_location='cpu', weights_only=True)['optimizer_state']
+                    check_checkpoint_file(str(beside))
+                    state = safe_load.load(str(beside))['optimizer_state']
                 if state is not None:
                     optimizer.load_state_dict(state)
             self._q3d_logger.info('==> Done')

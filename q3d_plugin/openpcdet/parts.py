@@ -229,6 +229,12 @@ BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {}
 """Float block class -> quantized block class; filled by :func:`register_parts`."""
 
 
+def _block(name: str, bases: Tuple[Type, ...]) -> Type[nn.Module]:
+    # Pickle finds a class by its name.
+    globals()[name] = type(name, bases, {'__module__': __name__})
+    return globals()[name]
+
+
 def _find_blocks() -> None:
     for module, name, mixin in _BLOCKS:
         try:
@@ -236,15 +242,15 @@ def _find_blocks() -> None:
         except (ImportError, AttributeError):
             continue
         if base not in BLOCKS:
-            BLOCKS[base] = type(f'Quant{name}', (mixin, base), {'__module__': __name__})
+            BLOCKS[base] = _block(f'Quant{name}_{module.rpartition(".")[2]}', (mixin, base))
     try:
         from pcdet.models.dense_heads.anchor_head_multi import SingleHead
     except ImportError:
         return
     if SingleHead not in BLOCKS:
         # Its forward calls that of its parent BaseBEVBackbone by super(): the quantized one stands between.
-        between = type('_QuantBEV', (_BEVForward, BaseBEVBackbone), {'__module__': __name__})
-        BLOCKS[SingleHead] = type('QuantSingleHead', (SingleHead, between), {'__module__': __name__})
+        between = _block('_QuantBEV', (_BEVForward, BaseBEVBackbone))
+        BLOCKS[SingleHead] = _block('QuantSingleHead', (SingleHead, between))
 
 
 def _quant_type(part: Part, base: Type[nn.Module]) -> Type[nn.Module]:

@@ -33,7 +33,7 @@ __all__ = ['LayerFacts', 'Recipe', 'differences']
 
 
 class LayerFacts(NamedTuple):
-    """What the recipe has to know of a layer that can be quantized.
+    """The facts about a layer by which a recipe is checked.
 
     Attributes:
         name: Dotted name in the model.

@@ -170,8 +170,8 @@ def choice(*known: Any) -> Check:
     def check(value: Any, place: Place) -> Any:
         # True == 1 in Python, so membership alone would accept unsigned=1.
         if not any(value is k or (isinstance(k, str) and value == k) for k in known):
-            words = [k for k in known if isinstance(k, str)]
-            hint = near_matches(value, words) if isinstance(value, str) else ''
+            near = near_matches(str(value), [k for k in known if isinstance(k, str)])
+            hint = near if near.startswith('; did') else ''  # the choices are listed already
             raise Q3DError.at(place, value, f'one of {", ".join(map(repr, known))} would work{hint}')
         return value
 

@@ -1,4 +1,4 @@
-"""What the objects are made of: sizes, convex parts and materials; nuScenes categories and attributes."""
+"""The objects: sizes, convex parts and materials; nuScenes categories and attributes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The analysis' door to MMDetection3D: its outputs, its frames, its metric."""
+"""The interface of the analysis to MMDetection3D: outputs, frames, metric."""
 
 import pytest
 import torch

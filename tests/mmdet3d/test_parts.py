@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,15 @@ def test_every_quant_type_takes_the_arguments_of_its_float_type(part):
 def test_blocks_derive_from_what_they_replace():
     for base, quant in BLOCKS.items():
         assert issubclass(quant, base)
+
+
+def test_quantized_detectors_and_blocks_travel_between_processes(build_model):
+    for cls in BLOCKS.values():
+        assert pickle.loads(pickle.dumps(cls)) is cls
+    model = build_model(TOY[1])
+    again = pickle.loads(pickle.dumps(model))
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    assert again.state_dict().keys() == model.state_dict().keys()
 
 
 def quantized_copy(module):

@@ -14,12 +14,9 @@ from openpcdet_double import CLASSES, DATA, MODEL, double_as_pcdet, randomize
 from q3d_plugin.cpu import enable_cpu_mode
 
 
-@pytest.fixture(autouse=True)
-def _spconv_without_mmdet3d(monkeypatch):
-    """MMDetection3D replaces spconv's loader for the whole process; no one runs both frameworks in one."""
-    spconv = pytest.importorskip('spconv.pytorch')
-    monkeypatch.setattr(spconv.SparseModule, '_load_from_state_dict', torch.nn.Module._load_from_state_dict)
-    monkeypatch.setattr(spconv.SparseModule, '_version', torch.nn.Module._version)
+@pytest.fixture(scope='module', autouse=True)
+def _alone(spconv_without_mmdet3d):
+    """No test of this folder wants what MMDetection3D makes of spconv."""
 
 
 @pytest.fixture(scope='module')

@@ -10,6 +10,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 SCRIPT = """
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -50,7 +51,10 @@ with double_as_pcdet():
             with torch.no_grad():
                 wrapped(batch)
     torch.save([q._amax for q in lifecycle.quantizers(model)], f'{out}/{rank}.pt')
-dist.destroy_process_group()
+dist.barrier()
+# Not destroy_process_group(): in torch 2.1 it can wait for a thread of its own forever, which wants the
+# interpreter to give a tensor back.
+os._exit(0)
 """
 
 

@@ -14,7 +14,10 @@ import pytest
 import torch
 
 ROOT = os.environ.get('OPENPCDET_ROOT')
-pytestmark = pytest.mark.skipif(not ROOT, reason='OPENPCDET_ROOT is not set')
+pytestmark = [
+    pytest.mark.skipif(not ROOT, reason='OPENPCDET_ROOT is not set'),
+    pytest.mark.usefixtures('spconv_without_mmdet3d'),
+]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / 'configs' / 'openpcdet'

@@ -1,4 +1,4 @@
-"""The analysis' door to the real OpenPCDet: set OPENPCDET_ROOT to a checkout to run these."""
+"""The analysis on the real OpenPCDet: set OPENPCDET_ROOT to a checkout to run these."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,10 @@ from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 
 ROOT = os.environ.get('OPENPCDET_ROOT')
-pytestmark = pytest.mark.skipif(not ROOT, reason='OPENPCDET_ROOT is not set')
+pytestmark = [
+    pytest.mark.skipif(not ROOT, reason='OPENPCDET_ROOT is not set'),
+    pytest.mark.usefixtures('spconv_without_mmdet3d'),
+]
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'openpcdet'
 CONFIG, CHECKPOINT = (str(CONFIGS / f'toy_centerpoint_voxel{end}') for end in ('_w8a8.yaml', '.pth'))

@@ -12,6 +12,7 @@ ROOT = os.environ.get('OPENPCDET_ROOT')
 pytestmark = [
     pytest.mark.skipif(not ROOT, reason='OPENPCDET_ROOT is not set'),
     pytest.mark.skipif(torch.cuda.is_available(), reason='CPU mode is off where CUDA is'),
+    pytest.mark.usefixtures('spconv_without_mmdet3d'),
 ]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
