@@ -23,7 +23,7 @@ LEVELS = (
     ('lifecycle',),
     ('bench',),
     ('mmdet3d', 'openpcdet'),
-    ('analysis', 'zoo', 'benchmark', 'launch', 'toy_nuscenes'),
+    ('analysis', 'zoo', 'benchmark', 'launch', 'toy_nuscenes', 'gpu_check'),
     ('commands',),
 )
 LEVEL_OF = {name: i for i, level in enumerate(LEVELS) for name in level}
