@@ -1,28 +1,30 @@
-"""A loaded detector to experiment with, the same for both frameworks: the door of the analysis.
+"""A loaded detector with its data and its metric, the same for both frameworks: what the analysis works on.
 
-:func:`q3d_plugin.analysis.opening.open_bench` gives a :class:`Bench` for a config and a checkpoint. What is
-behind it is written once for each framework, in ``mmdet3d/bench.py`` and ``openpcdet/bench.py``.
+A :class:`Bench` is made of a config and a checkpoint, by :func:`q3d_plugin.analysis.opening.open_bench`. Its
+data and its metric are written once for each framework, in ``mmdet3d/bench.py`` and ``openpcdet/bench.py``,
+on top of :mod:`q3d_plugin.adapter`, by which detectors are built and run.
 """
 
 import contextlib
 import hashlib
-import inspect
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from q3d_plugin import lifecycle
+from q3d_plugin.adapter import Adapter
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.raw_outputs import raw_outputs
 from q3d_plugin.recipe import Recipe
 
-__all__ = ['Bench', 'Frames', 'file_hash', 'flatten_tensors', 'quiet', 'raw_outputs']
+__all__ = ['Bench', 'Frames', 'file_hash', 'quiet', 'raw_outputs']
 
 
 class Frames:
@@ -48,6 +50,7 @@ class Bench(ABC):
 
     Attributes:
         framework: ``'mmdet3d'`` or ``'openpcdet'``.
+        adapter: That framework's.
         model: The detector in eval mode, on its device.
         recipe: The config's recipe, which the model has the quantizers of.
         recipe_path: Where the recipe stands in the config, for messages.
@@ -60,6 +63,7 @@ class Bench(ABC):
 
     framework = ''
     recipe_path = 'recipe'
+    adapter: Adapter
     model: nn.Module
     recipe: Recipe
     classes: Tuple[str, ...]
@@ -67,6 +71,7 @@ class Bench(ABC):
     checkpoint: Path
     quantized: bool
     logger: logging.Logger
+    _raw_outputs: Optional[Callable] = None
 
     @abstractmethod
     def frames(self, split: str, count: int, seed: int = 0) -> Frames:
@@ -80,18 +85,6 @@ class Bench(ABC):
         Raises:
             Q3DError: There is no such split, or it is empty.
         """
-
-    @abstractmethod
-    def forward(self, batch: Any) -> Dict[str, Tensor]:
-        """The raw outputs of the detector's head by name, before boxes are decoded.
-
-        Args:
-            batch: Of :meth:`frames`. It can be given again; the same tensors go in.
-        """
-
-    @abstractmethod
-    def run(self, batch: Any) -> Any:
-        """A whole forward pass, with second stages and decoding."""
 
     @abstractmethod
     def evaluate(self, folder: Optional[Path] = None) -> Dict[str, Any]:
@@ -113,6 +106,26 @@ class Bench(ABC):
     @abstractmethod
     def second_stage(self) -> bool:
         """Whether layers come after the head of :meth:`forward`, so that calibration needs :meth:`run`."""
+
+    def prepare_batch(self, batch: Any) -> Any:
+        """A batch of the framework's loader as :meth:`forward` takes it: voxels, tensors on the device."""
+        return self.adapter.prepare(self.model, batch)
+
+    @torch.no_grad()
+    def forward(self, batch: Any) -> Dict[str, Tensor]:
+        """The raw outputs of the detector's head by name, before boxes are decoded.
+
+        Args:
+            batch: Of :meth:`frames`. It can be given again; the same tensors go in.
+        """
+        if self._raw_outputs is None:
+            self._raw_outputs = self.adapter.forward_of(self.model)
+        return self._raw_outputs(batch)
+
+    @torch.no_grad()
+    def run(self, batch: Any) -> Any:
+        """A whole forward pass, with second stages and decoding."""
+        return self.adapter.run(self.model, batch)
 
     def keep_float_state(self) -> None:
         """Remembers the weights as they are, for :meth:`prepare`."""
@@ -164,75 +177,6 @@ class Bench(ABC):
         forward = self.run if self.second_stage else self.forward
         batches = tqdm(frames, desc=title or 'calibration', unit='frame', leave=False)
         lifecycle.calibrate(self.model, batches, forward, logger=self.logger)
-
-
-def flatten_tensors(value: Any, prefix: str = '') -> Dict[str, Tensor]:
-    """All floating point tensors in nested lists, tuples and dictionaries, by their dotted place.
-
-    Examples:
-        >>> list(flatten_tensors({'a': [torch.ones(1), 3], 'b': torch.ones(2)}))
-        ['a.0', 'b']
-    """
-    if isinstance(value, Tensor):
-        return {prefix: value} if value.is_floating_point() else {}
-    out: Dict[str, Tensor] = {}
-    items = value.items() if isinstance(value, Mapping) else ()
-    if isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    for key, item in items:
-        out.update(flatten_tensors(item, f'{prefix}.{key}' if prefix else str(key)))
-    return out
-
-
-class _Captured(BaseException):
-    """Ends a forward pass where the raw outputs are known. Not an Exception: nothing on the way keeps it."""
-
-    def __init__(self, outputs: Dict[str, Tensor]) -> None:
-        super().__init__()
-        self.outputs = outputs
-
-
-def raw_outputs(heads: Sequence[nn.Module], methods: Sequence[str], run: Callable) -> Dict[str, Tensor]:
-    """What a head hands to its decoding, without the decoding.
-
-    Decoding costs time, and boxes of NaN can end in an error.
-
-    Args:
-        heads: Modules of which one decodes.
-        methods: Names that the decoding method may have.
-        run: The forward pass.
-
-    Raises:
-        Q3DError: The pass ended without any of those methods.
-    """
-    changed: List[Tuple[nn.Module, str]] = []
-
-    def capture_of(decode: Callable) -> Callable:
-        signature = inspect.signature(decode)
-
-        def capture(*args, **kwargs):
-            given = signature.bind(*args, **kwargs).arguments
-            found = [tensors for tensors in map(flatten_tensors, given.values()) if tensors]
-            # Where one argument holds everything, its name says nothing.
-            raise _Captured(found[0] if len(found) == 1 else flatten_tensors(dict(given)))
-
-        return capture
-
-    for head in heads:
-        for method in methods:
-            if hasattr(head, method):
-                head.__dict__[method] = capture_of(getattr(head, method))
-                changed.append((head, method))
-    try:
-        run()
-    except _Captured as captured:
-        return captured.outputs
-    finally:
-        for head, method in changed:
-            del head.__dict__[method]
-    raise Q3DError(
-        f'the raw outputs of this detector are not known: none of its parts decodes by {" or ".join(methods)}'
-    )
 
 
 def file_hash(path: Path) -> str:

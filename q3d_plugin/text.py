@@ -6,13 +6,19 @@ from typing import Any, List
 __all__ = ['markdown_table', 'text_table']
 
 
-def text_table(header: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[int] = ()) -> str:
+def text_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    right: Sequence[int] = (),
+    widest: int = 1000,
+) -> str:
     """A table in columns of equal width, with a rule below its header.
 
     Args:
         header: Names of the columns.
         rows: Cells of the lines, as many as the header has; None becomes an empty cell.
         right: Numbers of the columns that are set flush right, as figures are.
+        widest: No column is wider; longer cells push the rest of their line to the right.
 
     Examples:
         >>> print(text_table(['layer', 'L1'], [['neck', '0.5'], ['head.0', '12.25']], right=[1]))
@@ -23,7 +29,7 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequ
     """
     cells: List[List[str]] = [list(header)]
     cells += [['' if value is None else str(value) for value in row] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    widths = [min(widest, max(len(line[i]) for line in cells)) for i in range(len(header))]
     lines = [
         '  '.join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths)))
         for line in cells

@@ -21,9 +21,9 @@ LEVELS = (
     ('transforms',),
     ('coverage', 'safe_load', 'checkpoint_file', 'checkpoints', 'run_record'),
     ('lifecycle',),
-    ('bench',),
+    ('raw_outputs', 'synthetic', 'adapter', 'bench'),
     ('mmdet3d', 'openpcdet'),
-    ('analysis', 'zoo', 'benchmark', 'launch', 'toy_nuscenes', 'gpu_check'),
+    ('frameworks', 'analysis', 'zoo', 'benchmark', 'launch', 'toy_nuscenes', 'gpu_check'),
     ('commands',),
 )
 LEVEL_OF = {name: i for i, level in enumerate(LEVELS) for name in level}

@@ -1,4 +1,4 @@
-"""The door to a detector of MMDetection3D for the analysis; see :mod:`q3d_plugin.bench`."""
+"""A detector of MMDetection3D with its data and metric; see :mod:`q3d_plugin.bench`."""
 
 import copy
 import os
@@ -8,61 +8,23 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 import torch
-from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint, _load_checkpoint_to_model
-from torch import Tensor
 from tqdm import tqdm
 
-import q3d_plugin.mmdet3d  # noqa: F401  (registers the Quant types)
 from q3d_plugin import checkpoints, lifecycle
-from q3d_plugin.bench import Bench, Frames, quiet, raw_outputs
+from q3d_plugin.bench import Bench, Frames, quiet
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import plain
 from q3d_plugin.metrics import summarize
+from q3d_plugin.mmdet3d.build import MMDet3D
 from q3d_plugin.mmdet3d.checkpoints import check_checkpoint
 from q3d_plugin.mmdet3d.data import calibration_loader
 from q3d_plugin.recipe import CalibrationSpec, Recipe
 
-__all__ = ['MMDet3DBench', 'read_config']
-
-
-def read_config(path: Path, options: Optional[Mapping[str, str]] = None) -> Config:
-    """The config with ``options`` merged, as MMDetection3D's ``--cfg-options`` does.
-
-    Args:
-        path: The file, which exists.
-        options: Dotted keys and values as text.
-
-    Raises:
-        Q3DError: The file does not parse, or has no model.
-    """
-    from mmengine.config import DictAction
-
-    try:
-        config = Config.fromfile(str(path))
-        values = {k: DictAction._parse_iterable(v) for k, v in (options or {}).items()}
-        config.merge_from_dict(values)
-    except Exception as error:  # whatever a Python file can raise
-        first = (str(error).splitlines() or [''])[0]
-        raise Q3DError(f'config {str(path)!r} cannot be read: {type(error).__name__}: {first}') from error
-    if 'model' not in config:
-        raise Q3DError(f'config {str(path)!r} has no model')
-    return config
-
-
-def _recipe_of(config: Config, path: Path) -> Recipe:
-    hooks = [h for h in config.get('custom_hooks') or [] if h.get('type') == 'QuantHook']
-    if not hooks:
-        raise Q3DError(
-            f'config {str(path)!r} has no QuantHook: custom_hooks = [dict(type="QuantHook", '
-            'recipe=dict(...))] would work'
-        )
-    given = hooks[0].get('recipe')
-    return Recipe.from_dict(given.to_dict() if isinstance(given, ConfigDict) else given)
+__all__ = ['MMDet3DBench']
 
 
 class MMDet3DBench(Bench):
@@ -85,14 +47,12 @@ class MMDet3DBench(Bench):
         recipe: Optional[Recipe] = None,
     ) -> None:
         self.config, self.checkpoint = Path(config), Path(checkpoint)
-        self.cfg = read_config(self.config, options)
-        self.recipe = recipe or _recipe_of(self.cfg, self.config)
+        self.adapter = MMDet3D()
+        self.cfg = self.adapter.read(self.config, options)
+        self.recipe = recipe or self.adapter.recipe_of(self.cfg, self.config)
         self.logger = MMLogger.get_instance('q3d_plugin', log_level='WARNING')
-        init_default_scope(self.cfg.get('default_scope', 'mmdet3d'))
-        from mmdet3d.registry import MODELS
-
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-        self.model = MODELS.build(copy.deepcopy(self.cfg.model)).to(self.device).eval()
+        self.model = self.adapter.build(self.cfg).to(self.device)
         lifecycle.configure(self.model, self.recipe)
         source = f'checkpoint {str(checkpoint)!r}'
         content = _load_checkpoint(str(checkpoint), map_location='cpu')
@@ -106,7 +66,6 @@ class MMDet3DBench(Bench):
             (dataset.get('metainfo') or {}).get('classes') or self.cfg.get('class_names', ())
         )
         self._test = None
-        self._heads = [m for m in self.model.modules() if hasattr(m, 'predict_by_feat')]
 
     @property
     def second_stage(self) -> bool:
@@ -115,19 +74,6 @@ class MMDet3DBench(Bench):
     def frames(self, split: str, count: int, seed: int = 0) -> Frames:
         loader, _ = calibration_loader(self.cfg, CalibrationSpec(split, count, seed), self.logger)
         return Frames(loader, self.prepare_batch)
-
-    def prepare_batch(self, batch: Any) -> Any:
-        """What the model's preprocessor makes of a batch of the loader: voxels, on the device."""
-        return self.model.data_preprocessor(batch, False)
-
-    @torch.no_grad()
-    def run(self, batch: Any) -> Any:
-        # A shallow copy: some detectors add entries to their inputs.
-        batch = {k: dict(v) if isinstance(v, dict) else v for k, v in batch.items()}
-        return self.model._run_forward(batch, mode='predict')
-
-    def forward(self, batch: Any) -> Dict[str, Tensor]:
-        return raw_outputs(self._heads, ('predict_by_feat',), lambda: self.run(batch))
 
     @torch.no_grad()
     def evaluate(self, folder: Optional[Path] = None) -> Dict[str, Any]:

@@ -1,81 +1,30 @@
-"""The door to a detector of OpenPCDet for the analysis; see :mod:`q3d_plugin.bench`.
+"""A detector of OpenPCDet with its data and metric; see :mod:`q3d_plugin.bench`.
 
 :func:`q3d_plugin.openpcdet.register` has to be called before this module is imported.
 """
 
-import contextlib
 import json
 import logging
-import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Dict, Optional
 
 import numpy as np
-import pcdet
 import torch
-from easydict import EasyDict
-from pcdet.config import cfg_from_list, cfg_from_yaml_file
 from pcdet.datasets import build_dataloader
-from pcdet.models import build_network, load_data_to_gpu
-from torch import Tensor
 from tqdm import tqdm
 
 from q3d_plugin import lifecycle
-from q3d_plugin.bench import Bench, Frames, quiet, raw_outputs
-from q3d_plugin.errors import Q3DError
+from q3d_plugin.bench import Bench, Frames, quiet
 from q3d_plugin.files import plain
 from q3d_plugin.metrics import summarize
+from q3d_plugin.openpcdet.build import OpenPCDet
 from q3d_plugin.openpcdet.data import calibration_loader
-from q3d_plugin.openpcdet.recipe import PATH, check_config_file, check_model_cfg
+from q3d_plugin.openpcdet.recipe import PATH
 from q3d_plugin.recipe import CalibrationSpec, Recipe
 
-__all__ = ['OpenPCDetBench', 'tools_folder']
-
-_DECODING = ('generate_predicted_boxes', 'get_bboxes')
-
-
-def tools_folder() -> Path:
-    """The folder ``tools`` of OpenPCDet's checkout, which the paths in its configs are relative to."""
-    for root in (Path(pcdet.__file__).resolve().parents[1], os.environ.get('OPENPCDET_ROOT')):
-        if root and (Path(root).expanduser() / 'tools').is_dir():
-            return (Path(root).expanduser() / 'tools').resolve()
-    return Path.cwd()
-
-
-@contextlib.contextmanager
-def _working_in(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-def read_config(path: Path, options: Optional[Mapping[str, str]] = None) -> EasyDict:
-    """The config with ``options`` merged, as OpenPCDet's ``--set`` does; ``DATA_PATH`` is absolute in it.
-
-    Args:
-        path: The file, which exists.
-        options: Dotted keys and values as text.
-
-    Raises:
-        Q3DError: The file cannot be read, or does not go together.
-    """
-    path, tools = Path(path).resolve(), tools_folder()
-    with _working_in(tools):
-        check_config_file(path)
-        cfg = cfg_from_yaml_file(str(path), EasyDict(ROOT_DIR=tools.parent, LOCAL_RANK=0))
-        flat = [part for key, value in (options or {}).items() for part in (key, value)]
-        try:
-            cfg_from_list(flat, cfg)
-        except (AssertionError, KeyError, AttributeError) as error:
-            raise Q3DError(f'--set: config {str(path)!r} has no such key: {error}') from error
-        if cfg.DATA_CONFIG.get('DATA_PATH'):
-            cfg.DATA_CONFIG.DATA_PATH = str(Path(cfg.DATA_CONFIG.DATA_PATH).expanduser().absolute())
-    return cfg
+__all__ = ['OpenPCDetBench']
 
 
 class OpenPCDetBench(Bench):
@@ -99,13 +48,9 @@ class OpenPCDetBench(Bench):
         recipe: Optional[Recipe] = None,
     ) -> None:
         self.config, self.checkpoint = Path(config), Path(checkpoint).expanduser().absolute()
-        self.cfg = read_config(self.config, options)
-        given = check_model_cfg(self.cfg.MODEL)
-        if given is None:
-            raise Q3DError(
-                f'config {str(config)!r} has no {PATH} and no Quant names: there is nothing to try'
-            )
-        self.recipe = given
+        self.adapter = OpenPCDet()
+        self.cfg = self.adapter.read(self.config, options)
+        self.recipe = self.adapter.recipe_of(self.cfg, config)
         self.logger = logging.getLogger('q3d_plugin.openpcdet')
         self.classes = tuple(self.cfg.CLASS_NAMES)
         np.random.seed(1024)  # as OpenPCDet's own test script does
@@ -119,19 +64,15 @@ class OpenPCDetBench(Bench):
                 logger=self.logger,
                 training=False,
             )
-        self.model = build_network(
-            model_cfg=self.cfg.MODEL, num_class=len(self.cfg.CLASS_NAMES), dataset=self.dataset
-        )
+        self.model = self.adapter.build(self.cfg, self.dataset)
         if recipe is not None:
             self.configure(recipe)
         self.model.load_params_from_file(filename=str(self.checkpoint), logger=self.logger, to_cpu=True)
         self.model.cuda()
-        self.model.eval()
         # The detector would calibrate by itself at its first forward pass.
         self.model._q3d_ready = True
         self.quantized = bool(lifecycle.quantizers(self.model)) and lifecycle.is_calibrated(self.model)
         self.keep_float_state()
-        self._heads = [m for m in self.model.modules() if any(hasattr(m, n) for n in _DECODING)]
 
     @property
     def second_stage(self) -> bool:
@@ -145,18 +86,6 @@ class OpenPCDetBench(Bench):
         loader, _ = calibration_loader(self.dataset, CalibrationSpec(split, count, seed), self.logger)
         return Frames(loader, self.prepare_batch)
 
-    def prepare_batch(self, batch: Any) -> Any:
-        """A batch of the loader with its arrays as tensors on the device."""
-        load_data_to_gpu(batch)
-        return batch
-
-    @torch.no_grad()
-    def run(self, batch: Any) -> Any:
-        return self.model(dict(batch))
-
-    def forward(self, batch: Any) -> Dict[str, Tensor]:
-        return raw_outputs(self._heads, _DECODING, lambda: self.run(batch))
-
     @torch.no_grad()
     def evaluate(self, folder: Optional[Path] = None) -> Dict[str, Any]:
         np.random.seed(1024)  # the points are shuffled in testing too
@@ -165,8 +94,7 @@ class OpenPCDetBench(Bench):
             output = Path(folder or temporary).absolute() / 'predictions'
             output.mkdir(parents=True, exist_ok=True)
             for batch in tqdm(self._test, desc='evaluation', unit='frame', leave=False):
-                load_data_to_gpu(batch)
-                predictions, _ = self.model(batch)
+                predictions, _ = self.model(self.adapter.prepare(self.model, batch))
                 found += dataset.generate_prediction_dicts(batch, predictions, dataset.class_names)
             _, result = dataset.evaluation(
                 found,

@@ -1,5 +1,6 @@
-"""The analysis on the real OpenPCDet: set OPENPCDET_ROOT to a checkout to run these."""
+"""The bench and the benchmark on the real OpenPCDet: set OPENPCDET_ROOT to a checkout to run these."""
 
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from q3d_plugin.analysis.calibrate import calibrate
 from q3d_plugin.analysis.opening import open_bench
 from q3d_plugin.analysis.replay import Replay
 from q3d_plugin.analysis.switch import Switch
+from q3d_plugin.commands import benchmark
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 
@@ -35,11 +37,17 @@ def bench(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def batch(bench):
+def points():
+    """A frame: (2000, 5) x, y, z, intensity, time lag."""
     draw = np.random.default_rng(0)
     spread = draw.normal(size=(2000, 3)) * [15, 15, 0.6]
     points = np.concatenate([spread, draw.uniform(0, 255, (2000, 1)), np.zeros((2000, 1))], 1)
-    item = bench.dataset.prepare_data({'points': points.astype(np.float32), 'frame_id': 'frame'})
+    return points.astype(np.float32)
+
+
+@pytest.fixture(scope='module')
+def batch(bench, points):
+    item = bench.dataset.prepare_data({'points': points, 'frame_id': 'frame'})
     return bench.prepare_batch(bench.dataset.collate_batch([item]))
 
 
@@ -99,3 +107,22 @@ def test_partial_passes_are_whole_passes(bench, batch):
 def test_an_unknown_key_of_the_config_is_refused(tmp_path):
     with pytest.raises(Q3DError, match='--set.*no such key'):
         open_bench(CONFIG, CHECKPOINT, {'DATA_CONFIG.DATA_PAHT': str(tmp_path)})
+
+
+def test_a_batch_of_points_is_that_of_the_data_set(bench, batch, points):
+    made = bench.adapter.points_batch(bench.model, points)
+    assert bench.adapter.voxels(made) == bench.adapter.voxels(batch) > 0
+    # The points were shuffled before they were voxelized.
+    order = [np.lexsort(b['voxel_coords'].numpy().T) for b in (made, batch)]
+    assert torch.equal(made['voxel_coords'][order[0]], batch['voxel_coords'][order[1]])
+
+
+def test_the_benchmark_measures_it_too(points, tmp_path, capsys):
+    points.tofile(tmp_path / 'frame.bin')
+    options = ['--frame', str(tmp_path / 'frame.bin'), '--out', str(tmp_path / 'result.json')]
+    assert benchmark.main(['--config', CONFIG, '--repeats', '1', '--entropy-tensors', '0', *options]) == 0
+    content = json.loads((tmp_path / 'result.json').read_text())
+    assert content['config'] == Path(CONFIG).name and content['points'] == 2000 and content['voxels'] > 500
+    assert content['activations'] > 50 and content['weights'] > 50
+    errors = {row['name']: row['value'] for row in content['rows'] if row['section'] == 'error'}
+    assert errors['max'] == pytest.approx(1) and errors['mse'] < 1

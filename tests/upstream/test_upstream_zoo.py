@@ -1,16 +1,15 @@
 """A handful of OpenPCDet's own configs through the survey: set OPENPCDET_ROOT to a checkout."""
 
-import importlib.util
 import os
-import sys
-from pathlib import Path
 
 import pytest
+
+from q3d_plugin.frameworks import open_adapter
+from q3d_plugin.zoo.process import in_process
 
 ROOT = os.environ.get('OPENPCDET_ROOT')
 pytestmark = pytest.mark.skipif(not ROOT, reason='OPENPCDET_ROOT is not set')
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 WHOLE = (
     'kitti_models/pointpillar.yaml',
     'kitti_models/second_multihead.yaml',
@@ -28,35 +27,30 @@ BUILT = (
 
 
 @pytest.fixture(scope='module')
-def zoo():
-    spec = importlib.util.spec_from_file_location('zoo_tool', REPOSITORY / 'tools' / 'zoo.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def adapter():
+    return open_adapter('openpcdet', ROOT)
 
 
-@pytest.fixture(scope='module')
-def framework(zoo):
-    return zoo.OpenPCDet(ROOT)
-
-
-def test_all_configs_are_found(framework):
-    configs = framework.configs()
+def test_all_configs_are_found(adapter):
+    configs = adapter.configs()
     assert len(configs) >= 50 and not any('dataset_configs' in c for c in configs)
 
 
 @pytest.mark.parametrize('config', WHOLE)
-def test_off_is_float_in_every_layer(zoo, framework, config):
-    row = zoo.in_process(framework, config, True, False, 300, 8)
+def test_off_is_float_in_every_layer(adapter, config):
+    row = in_process(adapter, config, True, False, 300, 8)
     assert row.ours == '' and row.quant_build == ''
     assert row.layers == row.quantized and row.left == {}
     assert row.same and row.compared == row.comparable
 
 
 @pytest.mark.parametrize('config', BUILT)
-def test_what_builds_in_float_builds_quantized_and_loads(zoo, framework, config):
-    row = zoo.in_process(framework, config, False, False, 300, 8)
+def test_what_builds_in_float_builds_quantized_and_loads(adapter, config):
+    row = in_process(adapter, config, False, False, 300, 8)
     assert row.ours == '' and row.float_build == row.quant_build == ''
     assert row.layers == row.quantized and row.elements == row.quantized_elements
+
+
+def test_the_reason_of_a_config_without_its_base_names_no_folder_of_the_machine(adapter):
+    row = in_process(adapter, 'custom_models/pv_rcnn.yaml', False, False, 300, 8)
+    assert 'custom_dataset.yaml' in row.float_build and str(adapter.folder.parent) not in row.float_build

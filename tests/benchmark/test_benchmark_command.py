@@ -1,11 +1,9 @@
-"""The benchmark on the toy CenterPoint: its table, its file, its error messages. Speed is not tested."""
+"""``q3d benchmark`` on the toy CenterPoint: its table, its file, its error messages. Speed is not tested."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +12,12 @@ import torch
 
 pytest.importorskip('mmdet3d')
 
+from q3d_plugin.benchmark.rows import FLOAT, INT8, STATISTICS
+from q3d_plugin.benchmark.subject import open_config
+from q3d_plugin.commands import benchmark
+
 ROOT = Path(__file__).resolve().parents[2]
 TOY = str(ROOT / 'configs' / 'mmdet3d' / 'toy_centerpoint_voxel_w8a8.py')
-
-
-@pytest.fixture(scope='module')
-def benchmark():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location('benchmark_tool', ROOT / 'tools' / 'benchmark.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 @pytest.fixture(scope='module')
@@ -44,13 +35,13 @@ def frame(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def finished(benchmark, frame, tmp_path_factory):
+def finished(frame, tmp_path_factory):
     """Exit status, standard output and file of one run of the whole benchmark on the toy config."""
     out = tmp_path_factory.mktemp('benchmark') / 'new' / 'folder' / 'benchmark.json'
     options = ['--repeats', '1', '--entropy-tensors', '1', '--threads', str(torch.get_num_threads())]
     # A fixture of a module cannot have capsys.
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        status = benchmark.main(['--config', TOY, '--frame', frame, '--out', str(out), *options])
+        status = benchmark.main(['ptq', '--config', TOY, '--frame', frame, '--out', str(out), *options])
     return status, text.getvalue(), out
 
 
@@ -58,7 +49,7 @@ def test_exits_with_0_whatever_the_speed(finished):
     assert finished[0] == 0
 
 
-def test_table_names_every_row_with_its_target(finished, benchmark):
+def test_table_names_every_row_with_its_target(finished):
     _, text, out = finished
     content = json.loads(out.read_text())
     for row in content['rows']:
@@ -69,7 +60,7 @@ def test_table_names_every_row_with_its_target(finished, benchmark):
     assert all(re.search(r'<= [\d.]+  (pass|MISSED)\b', line) for line in targeted)
 
 
-def test_file_holds_the_measurements(finished, benchmark):
+def test_file_holds_the_measurements(finished):
     content = json.loads(finished[2].read_text())
     assert content['config'] == 'toy_centerpoint_voxel_w8a8.py'
     assert content['points'] == 3000 and 0 < content['voxels'] <= 3000
@@ -77,14 +68,15 @@ def test_file_holds_the_measurements(finished, benchmark):
     sections = {}
     for row in content['rows']:
         assert set(row) == {
-            'section', 'name', 'value', 'unit', 'ratio', 'cpu_ratio', 'spread', 'target', 'passed', 'note'
+            'section', 'name', 'value', 'unit', 'ratio', 'cpu_ratio', 'spread', 'target', 'passed', 'note',
+            'recipe_target',
         }  # fmt: skip
         sections.setdefault(row['section'], {})[row['name']] = row
     assert set(sections) == {'time', 'ranges', 'memory', 'error'}
 
     time = sections['time']
-    assert time[benchmark.FLOAT]['ratio'] == 1
-    assert time[benchmark.STATISTICS]['target'] == 1.3 and time[benchmark.INT8]['target'] == 1.35
+    assert time[FLOAT]['ratio'] == 1
+    assert time[STATISTICS]['target'] == 1.3 and time[INT8]['target'] == 1.35
     assert all(row['value'] > 0 and row['ratio'] > 0 for row in time.values())
 
     ranges = sections['ranges']
@@ -112,26 +104,21 @@ def test_file_names_no_folder_of_the_machine(finished):
     assert str(finished[2].parent) not in finished[2].read_text()
 
 
-def test_generated_frame_is_as_dense_as_a_recorded_one_and_always_the_same(benchmark):
-    points = benchmark.generated_frame()
-    assert points.shape == (34_688, 5) and points.dtype == np.float32
-    assert np.isfinite(points).all()
-    assert 20 < np.abs(points[:, :2]).max() < 80
-    np.testing.assert_array_equal(points, benchmark.generated_frame())
-
-
-def test_strict_tells_a_missed_target(benchmark):
-    missed = benchmark.Row('time', 'x', 2.0, 's', ratio=1.4, target=1.35)
-    met = benchmark.Row('ranges', 'y', 2.9, 's', target=3.0)
-    unmeasured = benchmark.Row('ranges', 'z', None, 's', target=3.0)
-    assert (missed.passed, met.passed, unmeasured.passed) == (False, True, None)
-    assert '1 target is missed' in benchmark.table([missed, met, unmeasured], 'headline')
+def test_every_figure_names_the_target_of_the_recipe(finished):
+    target = getattr(open_config(TOY)[2], 'target', None)
+    content = json.loads(finished[2].read_text())
+    assert content['recipe_target'] == target
+    assert all(row['recipe_target'] == target for row in content['rows'])
+    assert target is None or f' for {target}: ' in finished[1]
 
 
 def _bad(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
     return str(path)
+
+
+STRANGE = 'model = dict(type="NoSuch")\ncustom_hooks = [dict(type="QuantHook", recipe=dict())]\n'
 
 
 @pytest.mark.parametrize(
@@ -146,13 +133,16 @@ def _bad(tmp_path, name, content):
         (lambda t: ['--config', _bad(t, 'c.py', 'model = dict(')], 'cannot be read: SyntaxError'),
         (lambda t: ['--config', _bad(t, 'c.py', 'x = 1\n')], 'has no model'),
         (lambda t: ['--config', _bad(t, 'c.py', 'model = dict(pts_bbox_head=dict())\n')], 'no QuantHook'),
+        (lambda t: ['--config', _bad(t, 'c.txt', '')], 'a .py file (MMDetection3D) or a .yaml file'),
+        (lambda t: ['--config', _bad(t, 'c.py', STRANGE)], 'does not build: KeyError'),
+        (lambda t: ['ptk'], "'ptk' is no part of it; did you mean 'ptq'?"),
         (lambda t: ['--repeats', '0'], '--repeats: 0 was given'),
         (lambda t: ['--threads', '-1'], '--threads: -1 was given'),
         (lambda t: ['--out', str(t)], 'is a folder'),
         (lambda t: ['--out', _bad(t, 'file', 'x') + '/benchmark.json'], 'is a file, not a folder'),
     ],
 )
-def test_mistakes_end_in_one_line_and_status_2(benchmark, frame, tmp_path, capsys, options, words):
+def test_mistakes_end_in_one_line_and_status_2(frame, tmp_path, capsys, options, words):
     defaults = ['--config', TOY, '--frame', frame, '--out', str(tmp_path / 'out' / 'benchmark.json')]
     assert benchmark.main([*defaults, *options(tmp_path)]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('q3d_plugin: ')]
