@@ -12,6 +12,15 @@ __all__ = ['TensorMemo']
 _top_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
 
 
+def _capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured.
+
+    It replays operations alone: a value that was computed outside of it would stay what it was, and one that
+    was computed inside is there only once the graph ran.
+    """
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _graph_context() -> Tuple:
     """Stands for the part of the autograd graph that is being recorded.
 
@@ -29,7 +38,7 @@ class TensorMemo:
 
     The tensor is held weakly, and the value is forgotten when it dies, so nothing lives longer than it would
     without the memo. A value that was computed with gradients is not handed to a pass without, nor from one
-    region of activation checkpointing to another.
+    region of activation checkpointing to another, nor into a CUDA graph or out of it.
 
     Examples:
         >>> memo, x = TensorMemo(), torch.ones(2)
@@ -50,7 +59,7 @@ class TensorMemo:
         """The value that was computed from ``x``; None where there is none."""
         if self._reference is None or self._reference() is not x:
             return None
-        return self._value if self._stamp == (x._version, _graph_context()) else None
+        return self._value if self._stamp == (x._version, _capturing(x), _graph_context()) else None
 
     def keep(self, x: Tensor, value: Any) -> None:
         """Remembers ``value``, which is not None, for ``x``, in place of what was remembered before."""
@@ -65,7 +74,7 @@ class TensorMemo:
                 memo.clear()
 
         self._reference, self._value = weakref.ref(x, forget), value
-        self._stamp = x._version, _graph_context()
+        self._stamp = x._version, _capturing(x), _graph_context()
 
     def clear(self) -> None:
         """Forgets."""

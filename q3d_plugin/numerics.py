@@ -9,6 +9,8 @@ from typing import Optional, Tuple, Union
 import torch
 from torch import Tensor
 
+from q3d_plugin import kernel
+
 __all__ = [
     'bounds',
     'channel_amax',
@@ -72,8 +74,10 @@ def fake_quantize(
     range.
 
     Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-    Inference", equation 12, with zero point 0. Without gradients a chain of in-place operations is used,
-    which is about four times as fast on CPU as torch's own kernel and gives the same bits.
+    Inference", equation 12, with zero point 0. Without gradients a chain of in-place operations is used on
+    the CPU, which is about four times as fast there as torch's own kernel and gives the same numbers. On CUDA
+    the chain would pass over memory four times, and torch's kernel once. That kernel makes a number of NaN,
+    which the chain keeps.
 
     Args:
         x: Any shape, floating point.
@@ -90,17 +94,14 @@ def fake_quantize(
         >>> fake_quantize(torch.tensor([-0.3, 0.26, 9.0]), torch.tensor(7.0), bits=4)
         tensor([-0., 0., 7.])
     """
-    if x.dtype in (torch.float16, torch.bfloat16):
+    half, fast = x.dtype in (torch.float16, torch.bfloat16), kernel.is_fast(x.device.type, x.dtype)
+    if half and not (fast and axis is None):
         # The inverse of a small step overflows in half precision, and 0 * inf is NaN.
         return fake_quantize(x.float(), amax, bits, unsigned, axis).to(x.dtype)
     low, high = bounds(bits, unsigned)
-    scale = (amax.detach().to(torch.float32) / high).clamp_min(_TINY)
-    if torch.is_grad_enabled() and x.requires_grad:
-        if axis is None:
-            zero = torch.zeros((), dtype=torch.int32, device=x.device)
-            return torch.fake_quantize_per_tensor_affine(x, scale.reshape(()), zero, low, high)
-        zero = torch.zeros_like(scale.reshape(-1), dtype=torch.int32)
-        return torch.fake_quantize_per_channel_affine(x, scale.reshape(-1), zero, axis, low, high)
+    scale = (amax.detach().to(x.device, torch.float32) / high).clamp_min(_TINY)
+    if (torch.is_grad_enabled() and x.requires_grad) or half or (fast and not inplace):
+        return kernel.fake_quantize(x, scale, axis, low, high)
     if axis is not None:
         shape = [1] * x.dim()
         shape[axis] = -1
@@ -206,7 +207,8 @@ def search_percentile(counts: Tensor, top: Tensor, amax: Tensor, percentile: flo
     Returns:
         Tensor: (R,) ranges.
     """
-    cumulated = counts.double().cumsum(-1)
+    # On CUDA cumsum raises where algorithms have to be deterministic.
+    cumulated = counts.double().cpu().cumsum(-1).to(counts.device)
     wanted = cumulated[:, -1:] * (percentile / 100.0)
     index = torch.searchsorted(cumulated, wanted)[:, 0].clamp_max(counts.shape[-1] - 1)
     width = top / counts.shape[-1]
@@ -376,6 +378,9 @@ def weight_amax(weight: Tensor, bits: int, calibrator: str = 'max', percentile: 
         return amax
     if calibrator == 'percentile':
         rank = max(1, min(rows.shape[1], round(rows.shape[1] * percentile / 100.0 + 0.5)))
+        if rows.is_cuda:
+            # kthvalue raises there where algorithms have to be deterministic.
+            return rows.sort(dim=1).values[:, rank - 1]
         return rows.kthvalue(rank, dim=1).values
     high = torch.full_like(amax, bounds(bits)[1])
     ones = rows.new_ones(())

@@ -110,7 +110,8 @@ class MagnitudeHistogram:
         if self.kept is None or values is None or len(self.kept) + len(values) > KEPT:
             self.kept = None
         else:
-            self.kept = torch.cat([self.kept, values.float().to(self.kept.device)])
+            # They stay on their device: a copy to the host would wait for it.
+            self.kept = torch.cat([self.kept.to(values.device), values.float()])
 
     def _count(self, magnitudes: Tensor, largest: float) -> Tensor:
         """Histogram of ``magnitudes``, none of which is above ``largest``."""

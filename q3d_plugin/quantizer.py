@@ -85,7 +85,7 @@ def largest_magnitude(*tensors: Tensor) -> Tensor:
         tensors: Any shapes.
     """
     found = [numerics.extremes(t.detach()).abs().amax().to(t.dtype) for t in tensors if t.numel()]
-    return torch.stack(found).amax() if found else torch.zeros(())
+    return torch.stack(found).amax() if found else torch.zeros((), device=tensors[0].device)
 
 
 _ITSELF = object()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from q3d_plugin import lifecycle
+from q3d_plugin import lifecycle, memo
 from q3d_plugin.memo import TensorMemo
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.transforms.insert import quantize_, share_input
@@ -78,3 +78,14 @@ def test_layers_that_share_a_quantizer_under_activation_checkpointing(regions):
         module.train()(x).square().sum().backward()
         results.append([x.grad, *(p.grad for p in module.parameters())])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results))
+
+
+def test_nothing_is_handed_into_a_cuda_graph_or_out_of_it(monkeypatch):
+    note, x = TensorMemo(), torch.ones(2)
+    note.keep(x, 'outside')
+    monkeypatch.setattr(memo, '_capturing', lambda _: True)
+    assert note.value_of(x) is None
+    note.keep(x, 'inside')
+    assert note.value_of(x) == 'inside'
+    monkeypatch.undo()
+    assert note.value_of(x) is None

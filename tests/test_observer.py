@@ -219,3 +219,10 @@ def test_sums_are_those_of_the_magnitudes_and_merge():
     values = torch.cat(frames).abs().double().numpy()
     expected = np.histogram(values, 64, (0, left.top), weights=values)[0]
     np.testing.assert_allclose(left.sums.numpy(), expected, rtol=1e-9)
+
+
+def test_values_that_are_kept_stay_on_their_device():
+    histogram = MagnitudeHistogram()
+    for _ in range(2):
+        histogram._keep(torch.ones(3, device='meta'))
+    assert histogram.kept.device.type == 'meta' and histogram.kept.shape == (6,)

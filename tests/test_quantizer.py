@@ -472,3 +472,7 @@ def test_a_range_that_changes_in_place_is_read_again_for_what_lies_on_a_grid():
         second(x)
         second._amax.copy_(torch.tensor(0.5))
         assert torch.equal(second(x), activation(0.5)(x))
+
+
+def test_the_largest_magnitude_of_nothing_is_on_the_device_of_its_input():
+    assert largest_magnitude(torch.zeros(0, 3, device='meta')).device.type == 'meta'

@@ -12,7 +12,7 @@ FILES = sorted(p for p in ROOT.rglob('*.py') if 'configs' not in p.relative_to(R
 
 # From the bottom up: a module imports from its own level's package and from the levels before it.
 LEVELS = (
-    ('errors', 'files', 'text', 'metrics', 'extras', 'shipped', 'progress', 'memo', 'cpu'),
+    ('errors', 'files', 'text', 'metrics', 'extras', 'shipped', 'progress', 'memo', 'cpu', 'kernel'),
     ('numerics', 'recipe'),
     ('observer',),
     ('quantizer',),
@@ -23,7 +23,7 @@ LEVELS = (
     ('lifecycle',),
     ('raw_outputs', 'synthetic', 'adapter', 'bench'),
     ('mmdet3d', 'openpcdet'),
-    ('frameworks', 'analysis', 'zoo', 'benchmark', 'launch', 'toy_nuscenes'),
+    ('frameworks', 'analysis', 'zoo', 'benchmark', 'launch', 'toy_nuscenes', 'gpu_check'),
     ('commands',),
 )
 LEVEL_OF = {name: i for i, level in enumerate(LEVELS) for name in level}

@@ -162,13 +162,15 @@ class InputStatistics:
         axis = layer.channel_axis(y)
         if layer.bias is not None:
             y = y - layer.bias.reshape(-1, *[1] * (y.dim() - 1 - axis))
-        energy = torch.linalg.vector_norm(y.float(), dim=axis).double().square().flatten()
+        # On the host: on CUDA cumsum raises where algorithms have to be deterministic, and this is one number
+        # for each place.
+        energy = torch.linalg.vector_norm(y.float(), dim=axis).cpu().double().square().flatten()
         # How much oftener than on average an output is chosen.
         often = 0.5 + 0.5 * energy / energy.mean() if energy.any() else torch.ones_like(energy)
         ends = often.cumsum(0)
-        drawn = torch.rand(count, generator=self._generator, dtype=torch.float64).to(y.device) * ends[-1]
+        drawn = torch.rand(count, generator=self._generator, dtype=torch.float64) * ends[-1]
         places = torch.searchsorted(ends, drawn).clamp_(max=len(ends) - 1)
-        return places, (1 / often[places]).float()
+        return places.to(y.device), (1 / often[places]).float().to(y.device)
 
     def infinite(self) -> List[str]:
         """Names of layers whose input held NaN or Inf."""

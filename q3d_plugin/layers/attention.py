@@ -67,7 +67,7 @@ class QuantProjection(QuantWeightLayer):
         size = self.attention.embed_dim
         return packed[self.part * size : (self.part + 1) * size]
 
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return self.weight.device
 
     def forward(self, input: Tensor) -> Tensor:

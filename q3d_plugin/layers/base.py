@@ -104,7 +104,8 @@ class QuantUnit(nn.Module):
                     built = Quantizer(plan.activation)
                 built.configure(plan.activation, f'{name}.input_quantizer')
                 shared[key] = built
-            self.input_quantizer = self._built['input'] = shared[key].to(self._device())
+            # Without a parameter it is not known here where the model is: see transforms/insert.py.
+            self.input_quantizer = self._built['input'] = shared[key].to(self.device())
             self.input_quantizer.owners.append(name)
 
     def children(self) -> Iterator[nn.Module]:
@@ -126,9 +127,10 @@ class QuantUnit(nn.Module):
             quantizer.train(mode)
         return super().train(mode)
 
-    def _device(self) -> torch.device:
+    def device(self) -> Optional[torch.device]:
+        """Where the parameters of this unit are; None where it has none, as an addition."""
         parameter = next(self.parameters(), None)
-        return torch.device('cpu') if parameter is None else parameter.device
+        return None if parameter is None else parameter.device
 
     def quantizers(self) -> List[Quantizer]:
         """The quantizers of this unit, input first."""

@@ -74,6 +74,20 @@ def apply_recipe(root: nn.Module, recipe: Recipe, prefix: str = '') -> None:
             module._q3d_configured = True
         if isinstance(module, QuantUnit):
             module.apply_plan(recipe.plan(prefix + name), prefix + name, shared)
+    _place_quantizers(root)
+
+
+def _place_quantizers(root: nn.Module) -> None:
+    """Puts quantizers of units without parameters, such as additions, where the layers before them are."""
+    found = [m for m in root.modules() if isinstance(m, QuantUnit)]
+    devices = [unit.device() for unit in found]
+    here = next((d for d in devices if d is not None), None)
+    if here is None:
+        here = next((p.device for p in root.parameters()), None)
+    for unit, device in zip(found, devices):
+        here = device or here
+        for quantizer in unit.quantizers() if device is None and here is not None else ():
+            quantizer.to(here)
 
 
 def share_input(layers: Iterable[nn.Module]) -> None:
@@ -123,6 +137,7 @@ def _adopt_quantizers(root: nn.Module, state_dict: Mapping, prefix: str) -> None
                 smooth = SmoothSpec(None if math.isnan(alpha) else alpha, mode, ())
         plan = LayerPlan(specs['weight'], specs['input'], reason, smooth)
         unit.apply_plan(plan, prefix + name, ranges)
+    _place_quantizers(root)
 
 
 def first_layer(module: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from q3d_plugin.layers.dense import QuantConv2d, QuantLinear
 from q3d_plugin.lifecycle import calibrate, set_enabled
 from q3d_plugin.quantizer import Mode, Quantizer
 from q3d_plugin.recipe import Recipe
-from q3d_plugin.transforms.insert import apply_recipe, first_layer, quantize_, share_input
+from q3d_plugin.transforms.insert import _adopt_quantizers, apply_recipe, first_layer, quantize_, share_input
 
 
 class Heads(nn.Module):
@@ -266,3 +266,40 @@ def test_quantizers_come_to_the_device_of_the_layer_and_state_dicts_have_one_ent
         for kind in ('input', 'weight'):
             assert f'{name}.{kind}_quantizer._amax' in state and f'{name}.{kind}_quantizer._state' in state
     assert len(state) == len(layers) * 6
+
+
+class Sum(nn.Module):
+    """A layer and an addition, which has no parameter that would tell its device."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def setup_quant(self):
+        self.add = QuantAdd()
+
+    def forward(self, x):
+        return self.add(self.conv(x), x)
+
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_quantizers_of_a_recipe_are_made_where_the_model_is(shared):
+    model = quantize_(Sum())
+    if shared:
+        share_input([model.conv, model.add])
+    model.to('meta')
+    apply_recipe(model, Recipe())
+    made = [m for m in model.modules() if isinstance(m, Quantizer)]
+    assert len(made) == 2 if shared else 3
+    assert {b.device.type for q in made for b in q.buffers()} == {'meta'}
+
+
+def test_quantizers_of_a_checkpoint_are_made_where_the_model_is():
+    source = quantize_(Sum())
+    apply_recipe(source, Recipe())
+    calibrate(source, [torch.randn(1, 3, 4, 4)], source)
+    model = quantize_(Sum()).to('meta')
+    # Not by load_state_dict, which would also read the buffers, and on this device nothing can be read.
+    _adopt_quantizers(model, source.state_dict(), '')
+    made = [m for m in model.modules() if isinstance(m, Quantizer)]
+    assert len(made) == 3 and {b.device.type for q in made for b in q.buffers()} == {'meta'}
