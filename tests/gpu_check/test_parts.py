@@ -25,7 +25,7 @@ def settings(tmp_path):
     return Settings(ROOT, tmp_path, None, None, gpu, facts)
 
 
-def without_gpu(*arguments, script=False):
+def without_gpu(*arguments):
     """What the command says on a machine without nvidia-smi."""
     path = '/usr/bin:/bin'
     environment = {**os.environ, 'PATH': path, 'PYTHON': sys.executable, 'PYTHONPATH': str(ROOT)}
