@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Optional
 
+from q3d_plugin import extras
 from q3d_plugin.adapter import Adapter
 from q3d_plugin.errors import Q3DError
 
-__all__ = ['adapter_of', 'open_adapter']
+__all__ = ['adapter_of', 'framework_of', 'open_adapter']
 
 
 def open_adapter(framework: str, place: Optional[str] = None) -> Adapter:
@@ -24,7 +25,10 @@ def open_adapter(framework: str, place: Optional[str] = None) -> Adapter:
         try:
             from q3d_plugin.mmdet3d.build import MMDet3D
         except ImportError as error:
-            raise Q3DError(f'MMDetection3D does not import: {error}') from error
+            hint = extras.hint(error)
+            raise Q3DError(
+                f'a .py config needs MMDetection3D, which does not import here: {error}{hint}'
+            ) from error
         return MMDet3D(place)
     from q3d_plugin import openpcdet
 
@@ -34,14 +38,14 @@ def open_adapter(framework: str, place: Optional[str] = None) -> Adapter:
     return OpenPCDet()
 
 
-def adapter_of(config: str) -> Adapter:
-    """The adapter of the framework that a config is of.
+def framework_of(config: str) -> str:
+    """The framework that a config is of: ``'mmdet3d'`` or ``'openpcdet'``.
 
     Args:
         config: A ``.py`` file (MMDetection3D) or a ``.yaml`` file (OpenPCDet).
 
     Raises:
-        Q3DError: It is no file, or of neither, or its framework does not import.
+        Q3DError: It is no file, or of neither.
     """
     path = Path(config)
     if path.suffix not in ('.py', '.yaml', '.yml'):
@@ -50,4 +54,16 @@ def adapter_of(config: str) -> Adapter:
         )
     if not path.is_file():
         raise Q3DError(f'config {config!r} is not a file (looked in {Path.cwd()})')
-    return open_adapter('mmdet3d' if path.suffix == '.py' else 'openpcdet')
+    return 'mmdet3d' if path.suffix == '.py' else 'openpcdet'
+
+
+def adapter_of(config: str) -> Adapter:
+    """The adapter of the framework that a config is of.
+
+    Args:
+        config: As :func:`framework_of` takes it.
+
+    Raises:
+        Q3DError: It is no file, or of neither, or its framework does not import.
+    """
+    return open_adapter(framework_of(config))

@@ -30,18 +30,19 @@ __all__ = [
 _TINY = 1e-30
 
 
-def extremes(x: Tensor) -> Tensor:
+def extremes(x: Tensor, dim: Optional[int] = None) -> Tensor:
     """Smallest and largest element.
 
     Args:
         x: Any shape but an empty one, floating point.
+        dim: The axis to look along; None for all elements.
 
     Returns:
-        Tensor: (2,), of the dtype of ``x`` or a wider one.
+        Tensor: (2,) or (2, ...) with the other axes of ``x``, of its dtype or a wider one.
     """
-    # aten::aminmax has no kernel for half precision on the CPU in torch 2.1.
-    wider = x.dtype == torch.float16 and x.device.type == 'cpu'
-    return torch.stack(torch.aminmax(x.float() if wider else x))
+    # In torch 2.1 aten::aminmax has no kernels for half precision on the CPU.
+    wider = x.dtype in (torch.float16, torch.bfloat16) and x.device.type == 'cpu'
+    return torch.stack(torch.aminmax(x.float() if wider else x, dim=dim))
 
 
 def bounds(bits: int, unsigned: bool = False) -> Tuple[int, int]:

@@ -360,6 +360,9 @@ def test_extremes_are_the_smallest_and_largest_element(dtype):
     values = [float(v) for v in x.flatten()]
     assert numerics.extremes(x).tolist() == [min(values), max(values)]
     assert numerics.extremes(x[:1, :1]).tolist() == [values[0], values[0]]
+    for dim in (0, 1):
+        expected = torch.stack([x.float().amin(dim), x.float().amax(dim)])
+        assert torch.equal(numerics.extremes(x, dim).float(), expected)
 
 
 def test_weight_ranges_of_max_are_the_largest_magnitudes():

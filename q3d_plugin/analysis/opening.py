@@ -6,7 +6,7 @@ from typing import Optional
 
 from q3d_plugin.bench import Bench
 from q3d_plugin.checkpoint_file import check_checkpoint_file
-from q3d_plugin.errors import Q3DError
+from q3d_plugin.frameworks import framework_of, open_adapter
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.shipped import find_shipped
 
@@ -29,25 +29,13 @@ def open_bench(
         Q3DError: Anything is missing or does not fit.
     """
     config, checkpoint = find_shipped(str(config)), find_shipped(str(checkpoint))
-    path = Path(config)
-    if path.suffix not in ('.py', '.yaml', '.yml'):
-        raise Q3DError(
-            f'config {config!r}: a .py file (MMDetection3D) or a .yaml file (OpenPCDet) would work'
-        )
-    if not path.is_file():
-        raise Q3DError(f'config {config!r} is not a file (looked in {Path.cwd()})')
+    framework = framework_of(config)
     check_checkpoint_file(checkpoint)
-    if path.suffix == '.py':
-        try:
-            from q3d_plugin.mmdet3d.bench import MMDet3DBench
-        except ImportError as error:
-            raise Q3DError(
-                f'a .py config needs MMDetection3D, which does not import here: {error}'
-            ) from error
-        return MMDet3DBench(path, checkpoint, options, recipe)
-    from q3d_plugin import openpcdet
+    open_adapter(framework)
+    if framework == 'mmdet3d':
+        from q3d_plugin.mmdet3d.bench import MMDet3DBench
 
-    openpcdet.register()
+        return MMDet3DBench(Path(config), checkpoint, options, recipe)
     from q3d_plugin.openpcdet.bench import OpenPCDetBench
 
-    return OpenPCDetBench(path, checkpoint, options, recipe)
+    return OpenPCDetBench(Path(config), checkpoint, options, recipe)

@@ -15,6 +15,7 @@ import numpy as np
 from q3d_plugin import files
 from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.recipe import Recipe, keys_of
+from q3d_plugin.shipped import find_shipped
 
 __all__ = [
     'AT_RANDOM',
@@ -118,6 +119,7 @@ def read_plan(path: Path) -> Tuple[Dict[str, List[Any]], List[Dict[str, Any]]]:
     Raises:
         Q3DError: It cannot be read, or has neither, or a key is unknown.
     """
+    path = Path(find_shipped(str(path)))
     place = f'--grid {str(path)!r}'
     if path.suffix not in ('.py', '.json'):
         raise Q3DError(f'--grid: {str(path)!r} was given; key=value,value or a .py or .json file would work')

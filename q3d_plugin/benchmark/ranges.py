@@ -12,9 +12,10 @@ from tqdm import tqdm
 from q3d_plugin import numerics
 from q3d_plugin.benchmark.peer import Peer
 from q3d_plugin.benchmark.rows import PEER, Ranges, Row
-from q3d_plugin.benchmark.subject import Subject, disabled, weight_layers
+from q3d_plugin.benchmark.subject import Subject, weight_layers
 from q3d_plugin.benchmark.timing import seconds
 from q3d_plugin.calibration import collect, compute_ranges
+from q3d_plugin.layers.model import switched
 from q3d_plugin.recipe import CALIBRATORS, WEIGHT_CALIBRATORS
 
 __all__ = ['PEER_METHODS', 'RANGES_TARGET', 'measure_error', 'measure_peer_ranges', 'measure_ranges']
@@ -34,7 +35,7 @@ def measure_ranges(subject: Subject, bar: tqdm) -> Tuple[List[Row], Ranges]:
         tuple: Rows, and the ranges of the activations by calibrator and index of the quantizer.
     """
     activations, layers = subject.activations, weight_layers(subject.model)
-    with disabled(subject.weights):
+    with switched(subject.weights, False):
         collect(subject.model, [subject.inputs], subject.forward, activations)
     observers = [q.observer for q in activations]
     before = [(q, q.spec, q._amax.clone(), q.unsigned) for q in subject.quantizers]

@@ -1,8 +1,7 @@
 """The models that are measured: float and quantized with the same weights, and the passes over a frame."""
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Dict, List, Tuple
 
 import numpy as np
@@ -16,10 +15,11 @@ from q3d_plugin.calibration import collect
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.frameworks import adapter_of
 from q3d_plugin.layers import QuantWeightLayer
+from q3d_plugin.layers.model import switched
 from q3d_plugin.quantizer import Mode, Quantizer
 from q3d_plugin.recipe import Recipe
 
-__all__ = ['Subject', 'build_model', 'disabled', 'open_config', 'weight_layers']
+__all__ = ['Subject', 'build_model', 'open_config', 'weight_layers']
 
 WITH_RANGE = (Mode.SIGNED, Mode.UNSIGNED)
 
@@ -82,18 +82,6 @@ def settle_batch_norm(model: nn.Module, forward: Callable[[], Any]) -> None:
     for norm, momentum in zip(norms, before):
         norm.momentum = momentum
         norm.eval()
-
-
-@contextlib.contextmanager
-def disabled(quantizers: List[Quantizer]) -> Iterator[None]:
-    """Within, ``quantizers`` let their input through."""
-    for quantizer in quantizers:
-        quantizer.disable()
-    try:
-        yield
-    finally:
-        for quantizer in quantizers:
-            quantizer.enable()
 
 
 def weight_layers(model: nn.Module) -> List[QuantWeightLayer]:
@@ -162,12 +150,12 @@ class Subject:
     @torch.no_grad()
     def run_folded(self) -> None:
         """The quantized model with all quantizers off."""
-        with disabled(self.quantizers):
+        with switched(self.quantizers, False):
             self.forward(self.inputs)
 
     def run_statistics(self) -> None:
         """The pass of a calibration that takes statistics."""
-        with disabled(self.weights):
+        with switched(self.weights, False):
             collect(self.model, [self.inputs], self.forward, self.activations)
         for quantizer in self.activations:
             quantizer.observer = None

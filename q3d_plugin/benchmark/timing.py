@@ -14,8 +14,8 @@ from q3d_plugin.benchmark.subject import Subject
 
 __all__ = ['INT8_TARGET', 'PASSES', 'STATISTICS_TARGET', 'measure_time', 'seconds']
 
-STATISTICS_TARGET = 1.3
-INT8_TARGET = 1.35
+STATISTICS_TARGET = 1.2
+INT8_TARGET = 1.05
 PASSES = 6
 """Passes that are timed in each round."""
 

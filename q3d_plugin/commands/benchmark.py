@@ -25,6 +25,7 @@ from q3d_plugin.benchmark.tables import table
 from q3d_plugin.commands._common import guarded
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import check_writable, write_json
+from q3d_plugin.shipped import find_shipped
 
 __all__ = ['main']
 
@@ -103,6 +104,7 @@ def run(argv: Optional[List[str]]) -> int:
         Q3DError: The config, the frame or an option does not work.
     """
     args = parse(argv)
+    args.config = find_shipped(args.config)
     parts = chosen_parts(args.parts)
     out = Path(args.out)
     if out.is_dir():

@@ -76,7 +76,7 @@ def test_file_holds_the_measurements(finished):
 
     time = sections['time']
     assert time[FLOAT]['ratio'] == 1
-    assert time[STATISTICS]['target'] == 1.3 and time[INT8]['target'] == 1.35
+    assert time[STATISTICS]['target'] == 1.2 and time[INT8]['target'] == 1.05
     assert all(row['value'] > 0 and row['ratio'] > 0 for row in time.values())
 
     ranges = sections['ranges']
