@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs='+',
         default=[],
         metavar='NAME',
-        help='of setup, tests, kernels, demo, benchmark, report',
+        help='of setup, tests, kernels, demo, openpcdet, benchmark, report',
     )
     parser.add_argument('--out', type=Path, default=Path(OUT), help='default: %(default)s')
     parser.add_argument(
