@@ -7,7 +7,7 @@ in :data:`PARTS`.
 from collections.abc import Callable
 from typing import List, NamedTuple, Tuple
 
-from q3d_plugin.benchmark import ptq
+from q3d_plugin.benchmark import ptq, training
 from q3d_plugin.benchmark.rows import Row
 from q3d_plugin.errors import Q3DError, near_matches
 
@@ -29,7 +29,10 @@ class Part(NamedTuple):
     notes: Tuple[str, ...]
 
 
-PARTS = {'ptq': Part(ptq.measure, ptq.steps, ptq.NOTES)}
+PARTS = {
+    'ptq': Part(ptq.measure, ptq.steps, ptq.NOTES),
+    'training': Part(training.measure, training.steps, training.NOTES),
+}
 
 
 def chosen_parts(names: List[str]) -> List[Part]:

@@ -10,6 +10,8 @@ __all__ = ['table']
 
 TITLES = {
     'time': ('forward pass', 'of float', 'in CPU s'),
+    'training': ('training step', 'of float', 'in CPU s'),
+    'half': ('in float16', 'of float', 'in CPU s'),
     'ranges': ('all ranges of the model', '', ''),
     'memory': ('peak memory', 'of float', ''),
     'error': ('error of the ranges', '', ''),

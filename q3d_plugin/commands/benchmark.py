@@ -6,6 +6,9 @@ Part ptq: the statistics pass and the simulated INT8 forward against the float f
 whole model by every calibrator, and the peak memory. pytorch-quantization's own calibrators are the peer:
 they see the same tensors in the same run, where they run on this machine. The weights are random (seeded) and
 the BatchNorm statistics are those of the frame, so no checkpoint is needed.
+
+Part training: a step of quantization-aware training against a float one; on CUDA also forward passes and
+steps in half precision, and their memory.
 """
 
 import argparse

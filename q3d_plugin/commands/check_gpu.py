@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs='+',
         default=[],
         metavar='NAME',
-        help='of setup, tests, kernels, demo, benchmark, report',
+        help='of setup, tests, kernels, demo, openpcdet, benchmark, report',
     )
     parser.add_argument('--out', type=Path, default=Path(OUT), help='default: %(default)s')
     parser.add_argument(
@@ -62,7 +62,10 @@ def _collect(args: argparse.Namespace) -> int:
         if getattr(args, name) is None:
             raise Q3DError(f'--collect: --{name} is missing; --python 3.12 --cuda 12.6 would work')
     files.check_writable(args.collect)
-    print(parts_table(collect(args.collect, args.python, args.cuda, _root())))
+    parts, missing = collect(args.collect, args.python, args.cuda, _root())
+    print(parts_table(parts))
+    if missing:
+        print(f'there is no wheel for Python {args.python} of: {", ".join(missing)}')
     return 0
 
 

@@ -1,6 +1,7 @@
 """What the parts do; each gives a :class:`Result`."""
 
 import json
+import os
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ __all__ = [
     'count_tests',
     'demo',
     'kernels',
+    'openpcdet',
     'setup',
     'tests',
 ]
@@ -40,7 +42,7 @@ class Settings(NamedTuple):
         root: The repository.
         out: Folder of the results.
         wheels: What ``--collect`` filled; None where there is a network.
-        cpu_summary: ``summary.json`` of the demo on a CPU; None where there is none to compare with.
+        cpu_summary: Files with the mAP of the demos on a CPU; empty where there is nothing to compare with.
         gpu: The first GPU.
         facts: Versions of Python, torch and its CUDA.
     """
@@ -48,7 +50,7 @@ class Settings(NamedTuple):
     root: Path
     out: Path
     wheels: Optional[Path]
-    cpu_summary: Optional[Path]
+    cpu_summary: Sequence[Path]
     gpu: GPU
     facts: Dict[str, Any]
 
@@ -160,17 +162,13 @@ def compare_demo(found: Mapping[str, Any], cpu: Mapping[str, Any]) -> Tuple[List
     return rows, apart
 
 
-def demo(settings: Settings) -> Result:
-    """The part ``demo``: the toy data set by MMDetection3D's own evaluation."""
-    out = settings.out / 'demo'
-    words = ['-m', 'q3d_plugin', 'demo', '--data', str(out / 'data'), '--out', str(out)]
-    code, end = _run(settings, words, 'demo.log')
-    if code:
-        return Result(FAILED, f'it ended with {code}', end.splitlines())
-    found = files.read_json(out / 'summary.json', 'summary of the demo')
-    if settings.cpu_summary is None:
-        return Result(PASSED, 'not compared: --cpu-summary was not given', end.splitlines(), {'found': found})
-    cpu = files.read_json(settings.cpu_summary, '--cpu-summary')
+def _compared(settings: Settings, found: Mapping[str, Any]) -> Result:
+    """The result of a demo: its mAP against that of the CPU."""
+    if not settings.cpu_summary:
+        return Result(PASSED, 'not compared: --cpu-summary was not given', data={'found': found})
+    cpu: Dict[str, Any] = {}
+    for path in settings.cpu_summary:
+        cpu.update(files.read_json(path, '--cpu-summary'))
     rows, apart = compare_demo(found, cpu)
     table = text_table(['model', 'mAP', 'on the CPU', ''], rows, right=[1, 2, 3])
     good = bool(rows) and not apart
@@ -178,6 +176,32 @@ def demo(settings: Settings) -> Result:
         'mAP is within 0.1 points of the CPU' if good else f'mAP differs: {", ".join(apart) or "no model"}'
     )
     return Result(PASSED if good else FAILED, words, table.splitlines(), {'found': found, 'rows': rows})
+
+
+def demo(settings: Settings) -> Result:
+    """The part ``demo``: the toy data set by MMDetection3D's own evaluation."""
+    out = settings.out / 'demo'
+    words = ['-m', 'q3d_plugin', 'demo', '--data', str(out / 'data'), '--out', str(out)]
+    code, end = _run(settings, words, 'demo.log')
+    if code:
+        return Result(FAILED, f'it ended with {code}', end.splitlines())
+    return _compared(settings, files.read_json(out / 'summary.json', 'summary of the demo'))
+
+
+def openpcdet(settings: Settings) -> Result:
+    """The part ``openpcdet``: the toy data set by OpenPCDet's own evaluation, where a checkout is at hand."""
+    if not os.environ.get('OPENPCDET_ROOT'):
+        return Result(SKIPPED, 'needs OPENPCDET_ROOT, a checkout of OpenPCDet that is built for this GPU')
+    out = settings.out / 'openpcdet'
+    data, summary = str(out / 'data'), str(out / 'summary.json')
+    made = ['-m', 'q3d_plugin', 'toy-data', '--out', data, '--infos', 'openpcdet']
+    code, end = _run(settings, made, 'openpcdet-data.log')
+    if not code:
+        words = ['-m', 'q3d_plugin.gpu_check.openpcdet_demo', data, summary]
+        code, end = _run(settings, words, 'openpcdet.log')
+    if code:
+        return Result(FAILED, f'it ended with {code}', end.splitlines())
+    return _compared(settings, files.read_json(out / 'summary.json', 'summary of OpenPCDet'))
 
 
 def benchmark(settings: Settings) -> Result:

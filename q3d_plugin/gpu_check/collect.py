@@ -92,7 +92,9 @@ def _download_source(requirement: str, pins: Dict, folder: Path) -> None:
                 raise Q3DError(f'{requirement}: pip {words[0]} failed: {last}')
 
 
-def collect(out: Path, python: str, cuda: str, root: Path, limit: int = PART_LIMIT) -> List[Dict[str, Any]]:
+def collect(
+    out: Path, python: str, cuda: str, root: Path, limit: int = PART_LIMIT
+) -> Tuple[List[Dict[str, Any]], List[str]]:
     """Downloads everything beside torch, and lays it out in parts.
 
     Args:
@@ -103,7 +105,7 @@ def collect(out: Path, python: str, cuda: str, root: Path, limit: int = PART_LIM
         limit: Bytes of a part.
 
     Returns:
-        list: Name, bytes and pieces of each part.
+        tuple: Name, bytes and pieces of each part, and the packages that there is no wheel of.
 
     Raises:
         Q3DError: A package that nothing works without cannot be had.
@@ -130,7 +132,7 @@ def collect(out: Path, python: str, cuda: str, root: Path, limit: int = PART_LIM
         packed = [packing.pack(path, space) for path in ordered]
         entries = [packing.entry_of(path, tight) for path, tight in zip(ordered, packed)]
         head = {'python': python, 'cuda': cuda, 'missing': missing}
-        return packing.write_parts(packed, entries, head, out, limit)
+        return packing.write_parts(packed, entries, head, out, limit), missing
 
 
 def _made(folder: Path) -> Path:
@@ -142,7 +144,7 @@ def parts_table(parts: Sequence[Dict[str, Any]]) -> str:
     """The parts as text."""
     rows = []
     for part in parts:
-        most = sorted(part['pieces'])
-        words = f'{most[0]}' if len(most) == 1 else f'{most[0]} ... {most[-1]}'
+        most = [piece.split('-')[0] for piece in part['pieces']]
+        words = ', '.join(most[:4]) + (f' and {len(most) - 4} more' if len(most) > 4 else '')
         rows.append([part['part'], f'{part["bytes"] / packing.MIB:.1f}', len(most), words])
     return text_table(['part', 'MiB', 'files', ''], rows, right=[1, 2])

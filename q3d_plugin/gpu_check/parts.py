@@ -33,6 +33,7 @@ PARTS: Dict[str, Part] = {
     'tests': Part(checks.tests, ('pytest', 'pytorch_quantization', 'q3d_plugin')),
     'kernels': Part(checks.kernels, ('pytorch_quantization',)),
     'demo': Part(checks.demo, (*_MMDET3D, 'matplotlib', 'pyquaternion')),
+    'openpcdet': Part(checks.openpcdet, ('spconv.pytorch', 'easydict', 'nuscenes')),
     'benchmark': Part(checks.benchmark, _MMDET3D),
     'report': Part(report.report),
 }

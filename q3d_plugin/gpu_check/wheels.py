@@ -34,6 +34,7 @@ OWN = (
     *('mmdet', 'pycocotools', 'shapely', 'terminaltables', 'mmdet3d', 'lyft-dataset-sdk', 'nuscenes-devkit'),
     *('pyquaternion', 'cachetools', 'trimesh', 'ninja', 'psutil', 'packaging', 'parameterized', 'plyfile'),
     *('pytest', 'pytest-timeout', 'pluggy', 'iniconfig', 'hypothesis', 'sortedcontainers', 'six'),
+    *('easydict', 'tensorboardx', 'protobuf'),
 )
 """Packages beside spconv, cumm and mmcv that a machine with torch may well lack, most needed first."""
 

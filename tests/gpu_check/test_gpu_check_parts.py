@@ -22,10 +22,10 @@ def settings(tmp_path):
     """Of a made-up machine."""
     facts = {'python': '3.12.3', 'torch': '2.11.0', 'cuda': '13.0', 'available': True}
     gpu = GPU('NVIDIA H200', '580.159.03', '9.0', '143771 MiB')
-    return Settings(ROOT, tmp_path, None, None, gpu, facts)
+    return Settings(ROOT, tmp_path, None, [], gpu, facts)
 
 
-def without_gpu(*arguments, script=False):
+def without_gpu(*arguments):
     """What the command says on a machine without nvidia-smi."""
     path = '/usr/bin:/bin'
     environment = {**os.environ, 'PATH': path, 'PYTHON': sys.executable, 'PYTHONPATH': str(ROOT)}
@@ -148,3 +148,9 @@ def test_a_failure_of_pip_is_one_line(tmp_path):
             Path(sys.executable), ['install', '--no-index', 'no-such-package-here'], tmp_path / 'log'
         )
     assert '\n' not in str(error.value)
+
+
+def test_openpcdet_is_skipped_without_a_checkout(settings, monkeypatch):
+    monkeypatch.delenv('OPENPCDET_ROOT', raising=False)
+    result = checks.openpcdet(settings)
+    assert result.status == SKIPPED and 'OPENPCDET_ROOT' in result.summary

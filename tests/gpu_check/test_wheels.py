@@ -58,7 +58,7 @@ def test_the_nearest_older_build_of_spconv_comes_first():
     [
         (
             {'spconv': '2.3.8', 'cumm': '0.7.11'},
-            r'has no CUDA, .*pip uninstall spconv cumm, then pip install spconv-cu126',
+            r'has no CUDA, .*uninstall spconv cumm, then pip install spconv-cu126',
         ),
         ({'spconv': '2.3.8', 'spconv-cu126': '2.3.8'}, r'has no CUDA and spconv-cu126, which it overwrites'),
         ({'numpy': '1.26.4'}, r'spconv is not here: pip install spconv-cu126'),
