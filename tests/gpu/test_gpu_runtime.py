@@ -98,13 +98,12 @@ def test_a_graph_quantizes_an_input_that_was_quantized_before(cuda):
     assert torch.equal(outputs, expected)
 
 
-@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
-def test_a_compiled_forward_computes_the_same(device, backend):
+def test_a_compiled_forward_computes_the_same(device):
     torch._dynamo.reset()
     model, batch = moved(device), frames(device)[0]
     with torch.no_grad():
         expected = model(batch)
-        found = torch.compile(model, backend=backend)(batch)
+        found = torch.compile(model, backend='aot_eager')(batch)
     assert all(torch.equal(a, b) for a, b in zip(expected, found))
 
 

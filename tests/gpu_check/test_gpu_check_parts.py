@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from q3d_plugin.commands import main
 from q3d_plugin.errors import Q3DError
-from q3d_plugin.gpu_check import checks, install, parts
+from q3d_plugin.gpu_check import checks, install, packing, parts
 from q3d_plugin.gpu_check.checks import FAILED, PASSED, SKIPPED, Result, Settings
 from q3d_plugin.gpu_check.machine import GPU
 
@@ -133,8 +135,6 @@ def test_the_environment_sees_the_packages_that_are_there_and_takes_wheels_of_it
     python = install.make_environment(tmp_path)
     assert python == install.interpreter_of(tmp_path)
     here = install.installed_versions(python)
-    import torch
-
     assert here['torch'] == torch.__version__
     prefix = subprocess.run(
         [str(python), '-c', 'import sys; print(sys.prefix)'], capture_output=True, text=True, check=True
@@ -154,3 +154,45 @@ def test_openpcdet_is_skipped_without_a_checkout(settings, monkeypatch):
     monkeypatch.delenv('OPENPCDET_ROOT', raising=False)
     result = checks.openpcdet(settings)
     assert result.status == SKIPPED and 'OPENPCDET_ROOT' in result.summary
+
+
+def tiny_wheel(folder, name):
+    """A wheel of one module that can be installed."""
+    package, version = name.split('-')[:2]
+    info = f'{package}-{version}.dist-info'
+    with zipfile.ZipFile(folder / name, 'w') as archive:
+        archive.writestr(f'{package}.py', 'PLACE = __file__\n')
+        archive.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n')
+        archive.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        archive.writestr(
+            f'{info}/RECORD', f'{package}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n'
+        )
+    return folder / name
+
+
+def test_a_folder_of_wheels_is_installed_and_what_does_not_fit_is_named(tmp_path, monkeypatch):
+    source, wheels, out = (tmp_path / n for n in ('source', 'wheels', 'out'))
+    source.mkdir()
+    names = ['q3dtiny-1.0-py3-none-any.whl', 'q3dother-1.0-cp27-cp27m-linux_x86_64.whl']
+    paths = [tiny_wheel(source, name) for name in names]
+    entries = [packing.entry_of(path, path) for path in paths]
+    packing.write_parts(paths, entries, {'python': '3.12', 'cuda': '12.6'}, wheels, 100_000)
+    monkeypatch.setattr(install, '_has_mmcv', lambda python: True)
+    facts = {
+        'python': '.'.join(map(str, sys.version_info[:3])),
+        'torch': torch.__version__,
+        'cuda': '12.6',
+        'available': True,
+    }
+    notes, versions = install.install(ROOT, out, wheels, facts, '9.0')
+    assert versions['q3dtiny'] == '1.0' and 'q3dother' not in versions
+    assert versions['torch'] == torch.__version__
+    assert any('q3dother-1.0-cp27' in note and 'for Python cp27' in note for note in notes)
+    assert not any('q3dtiny' in note or 'it must stay' in note for note in notes)
+    # On this machine spconv has no CUDA, or is not here at all: what to install is said.
+    assert any('pip install spconv-cu126' in note for note in notes) or any(
+        name.startswith('spconv-cu') for name in versions
+    )
+    command = [str(install.interpreter_of(out)), '-c', 'import q3dtiny; print(q3dtiny.PLACE)']
+    place = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert place.startswith(str(out / 'venv'))
