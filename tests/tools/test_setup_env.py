@@ -40,6 +40,8 @@ def executable(path, text):
 def checkout(tmp_path):
     """A copy of the script and of what it reads: ``checkout(*arguments, **environment)`` runs it."""
     shutil.copytree(ROOT / 'requirements', tmp_path / 'requirements')
+    for name in ('pyproject.toml', 'setup.py'):
+        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / 'tools').mkdir()
     shutil.copy(ROOT / 'tools' / 'setup_env.sh', tmp_path / 'tools')
     (tmp_path / 'bin').mkdir()
