@@ -28,7 +28,7 @@ def test_the_examples_of(name, tmp_path, monkeypatch):
             raise
         pytest.skip(f'{missing} is not installed')
     shown = []
-    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     for example in doctest.DocTestFinder(exclude_empty=True).find(module, name):
         runner.run(example, out=shown.append)
     assert runner.summarize(verbose=False).attempted, 'no docstring has the lines that the file has'

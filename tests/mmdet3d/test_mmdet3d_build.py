@@ -12,7 +12,7 @@ from q3d_plugin.mmdet3d.quant_types import put_quant_types, take_quant_types
 from q3d_plugin.recipe import Recipe
 
 FLOAT, QUANT = ('configs/mmdet3d/toy_centerpoint_voxel.py', 'configs/mmdet3d/toy_centerpoint_voxel_w8a8.py')
-RECIPE = {'weight': {'bits': 6}}
+RECIPE = {'target': 'simulation', 'weight': {'bits': 6}}
 
 
 @pytest.fixture(scope='module')

@@ -12,7 +12,7 @@ from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers import QuantUnit
 from q3d_plugin.recipe import Recipe
 
-RECIPE = {'weight': {'bits': 6}, 'calibration': {'frames': 2}}
+RECIPE = {'target': 'simulation', 'weight': {'bits': 6}, 'calibration': {'frames': 2}}
 
 
 @pytest.fixture
