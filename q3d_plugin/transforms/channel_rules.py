@@ -89,11 +89,18 @@ class OperatorRules:
         trails = self._trails
         tracked = [t for t in tensors_in([args, kwargs]) if id(t) in trails.ids and trails.of(t) is not None]
         if not tracked:
-            # Whatever is done with zeros, by way of a view too, they may be something else afterwards.
             if args and isinstance(args[0], Tensor) and id(args[0]) in trails.ids:
-                trails.zeros.pop(args[0], None)
+                whole = trails.whole(args[0])
+                if name == 'slice' and whole in trails.zeros and out.shape == whole.shape:
+                    # zeros[:, index] = x takes zeros[:] first in torch 2.1.
+                    trails.is_whole(out, whole)
+                else:
+                    # Whatever is done with zeros, by way of a view too, they may be something else then.
+                    trails.zeros.pop(whole, None)
             return
         inplace = name.endswith('_') and not name.endswith('__')
+        if inplace and name != 'index_put_' and trails.whole(args[0]) is not args[0]:
+            trails.zeros.pop(trails.whole(args[0]), None)
         for tensor in tracked:
             # What an operation in place leaves has still to be read.
             if not (inplace and tensor is args[0]):
@@ -299,6 +306,7 @@ class OperatorRules:
     def _op_index_put(self, args, kwargs, out) -> bool:
         target, indices, values = args[:3]
         trail, place = self._trails.of(values), _one_run(indices)
+        target, out = self._trails.whole(target), self._trails.whole(out)
         adds = len(args) > 3 and args[3]
         known = target in self._trails.zeros or self._trails.of(target) is not None
         if trail is None or place is None or adds or not known:

@@ -45,6 +45,7 @@ class Trails:
         self.ids: Set[int] = set()
         self.all: List[Trail] = []
         self._trails = WeakTensorKeyDictionary()
+        self._whole = WeakTensorKeyDictionary()
 
     def of(self, x: Any) -> Optional[Trail]:
         """The trail of ``x``; None where it has none, or is no tensor."""
@@ -61,6 +62,15 @@ class Trails:
         """Says that ``tensor`` was made as zeros."""
         self.zeros[tensor] = True
         self.ids.add(id(tensor))
+
+    def is_whole(self, view: Tensor, tensor: Tensor) -> None:
+        """Says that ``view`` is another name of all of ``tensor``."""
+        self._whole[view] = tensor
+        self.ids.add(id(view))
+
+    def whole(self, x: Any) -> Any:
+        """The tensor that ``x`` is another name of; ``x`` itself where it is not known to be one."""
+        return self._whole.get(x, x) if isinstance(x, Tensor) else x
 
     def follow(self, out: Tensor, slots: np.ndarray, axis: int) -> bool:
         """``out`` carries ``slots`` from now on; False where that cannot be."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers import QuantWeightLayer
+from q3d_plugin.numerics import extremes
 from q3d_plugin.transforms.graph import unwatched
 
 __all__ = ['FoldedNorm', 'Handover', 'came_from']
@@ -194,7 +195,7 @@ def came_from(x: Tensor, outputs: Iterable[Tensor]) -> bool:
     rows = x.transpose(0, 1).flatten(1)
     step = max(1, rows.shape[1] // _PLACES) | 1
     # With the smallest and the largest value: those an activation changes, where it changes little.
-    rows = torch.cat([rows[:, ::step], torch.stack(torch.aminmax(rows, dim=1), dim=1)], dim=1)
+    rows = torch.cat([rows[:, ::step], extremes(rows, dim=1).t()], dim=1)
     found = rows.isnan()
     for y in outputs:
         if len(y) == len(rows):

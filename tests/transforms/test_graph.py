@@ -57,6 +57,17 @@ def _pillars(x):
     return torch.stack([canvas], 0).view(1, 4, 10, 10)
 
 
+def _pillars_through_a_view(x, first=0):
+    """The operations of :func:`_pillars` in torch 2.1, where an index with a colon is two of them."""
+    rows = x.permute(0, 2, 3, 1).reshape(-1, 4)
+    canvas = torch.zeros(4, 100)
+    view = torch.ops.aten.slice(canvas, 0, 0, 2**63 - 1)
+    if first:
+        view.fill_(first)
+    torch.ops.aten.index_put_(view, [None, torch.arange(len(rows))], rows.t())
+    return canvas.view(1, 4, 10, 10)
+
+
 def _voxels(x):
     """(N, C, H, W) as rows, scattered to a dense grid as sparse tensors are."""
     rows = x.permute(0, 2, 3, 1).reshape(-1, 4)
@@ -87,6 +98,7 @@ THROUGH = {
     'some of the batch': lambda x: torch.stack([x[1], *x.unbind(0)]).index_select(2, torch.tensor([0, 3])),
     'other type and back': lambda x: x.double().float(),
     'pillars': _pillars,
+    'pillars through a view': _pillars_through_a_view,
     'voxels': _voxels,
     'sum with zeros': lambda x: x + torch.zeros(1, 4, 1, 1),
 }
@@ -101,6 +113,7 @@ def test_channels_are_followed_through(name):
 
 
 ENDS = {
+    'pillars among ones': lambda x: _pillars_through_a_view(x, first=1),
     'sigmoid': torch.sigmoid,
     'gelu': F.gelu,
     'bias': lambda x: x + 1,
