@@ -23,7 +23,7 @@ from q3d_plugin.layers.model import switched
 
 __all__ = ['MEMORY_TARGET', 'MODES', 'measure_memory', 'memory_of']
 
-MEMORY_TARGET = 1.1
+MEMORY_TARGET = 1.3
 MODES = ('float', 'statistics', 'int8')
 
 
