@@ -8,8 +8,23 @@ from torch import Tensor
 
 __all__ = ['TensorMemo']
 
-# From torch 2.4 on; without it two regions of activation checkpointing cannot be told apart in advance.
+# From torch 2.4 on.
 _top_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
+
+
+def _region() -> Any:
+    """Stands for the region of activation checkpointing that is being recorded; None outside of all."""
+    if _top_hooks is not None:
+        hooks = _top_hooks(True)
+        return None if hooks is None else id(hooks[0])
+    # Older versions only tell whether there is one: hooks cannot be set where a region has set some. Two of
+    # them cannot be told apart, so that nothing is handed over inside of any.
+    probe = torch.zeros((), requires_grad=True).exp()
+    try:
+        probe.grad_fn._raw_saved_result.register_hooks(lambda x: x, lambda x: x)
+    except RuntimeError:
+        return object()
+    return None
 
 
 def _capturing(x: Tensor) -> bool:
@@ -29,8 +44,11 @@ def _graph_context() -> Tuple:
     """
     if not torch.is_grad_enabled():
         return (False,)
-    hooks = None if _top_hooks is None else _top_hooks(True)
-    return True, torch._C._current_graph_task_id(), None if hooks is None else id(hooks[0])
+    return True, torch._C._current_graph_task_id(), _region()
+
+
+def _stamp(x: Tensor) -> Tuple:
+    return x._version, _capturing(x), _graph_context()
 
 
 class TensorMemo:
@@ -57,13 +75,17 @@ class TensorMemo:
 
     def value_of(self, x: Tensor) -> Any:
         """The value that was computed from ``x``; None where there is none."""
-        if self._reference is None or self._reference() is not x:
+        if x.is_inference():  # has no version
             return None
-        return self._value if self._stamp == (x._version, _capturing(x), _graph_context()) else None
+        # First and always: with older versions of torch a look at the region is recorded in it, and a region
+        # has to be recorded in the same way each time.
+        stamp = _stamp(x)
+        known = self._reference is not None and self._reference() is x
+        return self._value if known and self._stamp == stamp else None
 
     def keep(self, x: Tensor, value: Any) -> None:
         """Remembers ``value``, which is not None, for ``x``, in place of what was remembered before."""
-        if x.is_inference():  # has no version
+        if x.is_inference():
             self.clear()
             return
         own = weakref.ref(self)
@@ -74,7 +96,7 @@ class TensorMemo:
                 memo.clear()
 
         self._reference, self._value = weakref.ref(x, forget), value
-        self._stamp = x._version, _capturing(x), _graph_context()
+        self._stamp = _stamp(x)
 
     def clear(self) -> None:
         """Forgets."""

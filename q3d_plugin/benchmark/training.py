@@ -1,7 +1,7 @@
 """The part ``training``: a step of quantization-aware training, and on CUDA everything in half precision."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Dict, List
 
 import torch
@@ -32,11 +32,17 @@ def steps(repeats: int) -> int:
 
 
 @contextlib.contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode inside, with statistics of BatchNorm that stay as they are; afterwards as before."""
+def _training(model: nn.Module, decoding: Sequence[str]) -> Iterator[None]:
+    """Training mode inside, with statistics of BatchNorm that stay as they are; afterwards as before.
+
+    The flags of the detector and of its heads themselves stay down: in OpenPCDet they decide whether a loss
+    is computed, which needs annotations.
+    """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     modes, momenta = {m: m.training for m in model.modules()}, [m.momentum for m in norms]
     model.train()
+    for module in (model, *(m for m in model.modules() if any(hasattr(m, name) for name in decoding))):
+        module.training = False
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -50,7 +56,10 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 
 def step_of(
-    model: nn.Module, forward: Callable[[Any], Dict[str, torch.Tensor]], batch: Any
+    model: nn.Module,
+    forward: Callable[[Any], Dict[str, torch.Tensor]],
+    batch: Any,
+    decoding: Sequence[str] = (),
 ) -> Callable[[], None]:
     """A training step as a function.
 
@@ -58,11 +67,12 @@ def step_of(
         model: To train.
         forward: From a batch to the outputs of the head.
         batch: What is trained on.
+        decoding: Names of the methods by which heads decode their outputs.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def step() -> None:
-        with _training(model):
+        with _training(model, decoding):
             outputs = [o for o in forward(batch).values() if o.requires_grad]
             sum(o.float().square().mean() for o in outputs).backward()
             optimizer.step()
@@ -100,8 +110,9 @@ def measure(subject: Subject, repeats: int, entropy_tensors: int, bar: tqdm) -> 
         entropy_tensors: Not used.
         bar: Progress.
     """
-    float_step = step_of(subject.float_model, subject.float_forward, subject.inputs)
-    qat_step = step_of(subject.model, subject.forward, subject.inputs)
+    decoding = subject.adapter.decoding
+    float_step = step_of(subject.float_model, subject.float_forward, subject.inputs, decoding)
+    qat_step = step_of(subject.model, subject.forward, subject.inputs, decoding)
     passes = {
         FLOAT_STEP: Pass(float_step, FLOAT_STEP),
         QAT_STEP: Pass(qat_step, FLOAT_STEP, STEP_TARGET),

@@ -215,7 +215,8 @@ def install(
         except Q3DError as error:
             notes.append(f'mmcv: {error}')
     here = installed_versions(python)
-    if here.get('torch') != facts['torch']:
+    # Wheels of torch leave +cu121 out of their metadata, or do not.
+    if here.get('torch', '').partition('+')[0] != facts['torch'].partition('+')[0]:
         notes.append(f'torch {facts["torch"]} became {here.get("torch")}; it must stay')
     try:
         wheels.check_spconv(here, wheels.parse_version(facts['cuda'], 'CUDA'))

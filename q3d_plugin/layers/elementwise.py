@@ -40,7 +40,8 @@ class QuantAdd(QuantUnit):
             # All places that are not known to be at most 0, so that NaN is kept, and found.
             kept = (total <= 0).logical_not_().reshape(-1).nonzero().squeeze(1)
             for x in (a, b):
-                quantizer.observer.note_sign(x)
+                if quantizer.spec.unsigned == 'auto':  # else the sign is settled
+                    quantizer.observer.note_sign(x)
                 quantizer(x.expand_as(total).reshape(-1).index_select(0, kept))
             return total
         if quantizer is not None and quantizer.dynamic:

@@ -24,6 +24,7 @@ def subject_on(batch):
     lifecycle.configure(model, Recipe())
     lifecycle.calibrate(model, [batch], model)
     return SimpleNamespace(
+        adapter=SimpleNamespace(decoding=('decode',)),
         device=torch.device('cpu'),
         inputs=batch,
         float_model=plain,
