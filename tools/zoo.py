@@ -2,7 +2,7 @@
 
 import sys
 
-from q3d_plugin.commands.zoo import main
+from q3d_plugin.commands import main
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(main(['zoo', *sys.argv[1:]]))

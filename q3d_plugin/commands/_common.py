@@ -13,8 +13,8 @@ from q3d_plugin.files import check_writable
 
 __all__ = [
     'add_common',
+    'as_command',
     'at_least',
-    'guarded',
     'options_of',
     'out_folder',
     'parser_of',
@@ -94,13 +94,22 @@ def at_least(args: argparse.Namespace, least: float, *names: str) -> None:
             raise Q3DError(f'--{option}: {value} was given; a number from {least:g} up would work')
 
 
-def guarded(run: Callable[[Optional[List[str]]], int], argv: Optional[List[str]] = None) -> int:
-    """Runs a command; a mistake of the user ends it with one line and status 2."""
-    try:
-        return run(argv)
-    except Q3DError as error:
-        sys.stderr.write(f'q3d_plugin: {error}\n')
-        return 2
+def as_command(run: Callable[[Optional[List[str]]], int]) -> Callable[..., int]:
+    """The ``main`` of a command: ``run``, where a mistake of the user ends in one line and status 2.
+
+    Args:
+        run: Takes the arguments, those of the process where None, and returns the exit status.
+    """
+
+    def main(argv: Optional[List[str]] = None) -> int:
+        """Runs the command; returns the exit status."""
+        try:
+            return run(argv)
+        except Q3DError as error:
+            sys.stderr.write(f'q3d_plugin: {error}\n')
+            return 2
+
+    return main
 
 
 def set_threads(args: argparse.Namespace) -> None:

@@ -14,7 +14,6 @@ steps in half precision, and their memory.
 import argparse
 import dataclasses
 import platform
-import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -25,7 +24,7 @@ from q3d_plugin.benchmark.frame import generated_frame, read_frame
 from q3d_plugin.benchmark.parts import PARTS, chosen_parts
 from q3d_plugin.benchmark.subject import Subject
 from q3d_plugin.benchmark.tables import table
-from q3d_plugin.commands._common import guarded
+from q3d_plugin.commands._common import as_command
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import check_writable, write_json
 from q3d_plugin.shipped import find_shipped
@@ -132,18 +131,4 @@ def run(argv: Optional[List[str]]) -> int:
     return 1 if args.strict and not passed else 0
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Runs the command.
-
-    Args:
-        argv: Its arguments; those of the process where None.
-
-    Returns:
-        int: 0, or 1 where a target is missed and ``--strict`` is given, or 2 after a mistake of the user,
-        which one line tells.
-    """
-    return guarded(run, argv)
-
-
-if __name__ == '__main__':
-    sys.exit(main())
+main = as_command(run)

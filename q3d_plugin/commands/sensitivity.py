@@ -10,7 +10,6 @@ config) and skip.json (for q3d sweep), in --out.
 
 import argparse
 import dataclasses
-import sys
 import time
 from typing import Any, Dict, List, Optional
 
@@ -252,17 +251,4 @@ def listed(
     )
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Runs the command.
-
-    Args:
-        argv: Its arguments; those of the process where None.
-
-    Returns:
-        int: The exit status.
-    """
-    return _common.guarded(run, argv)
-
-
-if __name__ == '__main__':
-    sys.exit(main())
+main = _common.as_command(run)

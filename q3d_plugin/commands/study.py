@@ -118,17 +118,4 @@ def run(argv: Optional[List[str]] = None) -> int:
     return 0
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Runs the command.
-
-    Args:
-        argv: Its arguments; those of the process where None.
-
-    Returns:
-        int: The exit status.
-    """
-    return _common.guarded(run, argv)
-
-
-if __name__ == '__main__':
-    sys.exit(main())
+main = _common.as_command(run)

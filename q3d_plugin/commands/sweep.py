@@ -11,7 +11,6 @@ goes on where it was interrupted, and a longer grid adds to it.
 
 import argparse
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Dict, List, Optional
@@ -140,17 +139,4 @@ def run(argv: Optional[List[str]] = None) -> int:
     return 0
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Runs the command.
-
-    Args:
-        argv: Its arguments; those of the process where None.
-
-    Returns:
-        int: The exit status.
-    """
-    return _common.guarded(run, argv)
-
-
-if __name__ == '__main__':
-    sys.exit(main())
+main = _common.as_command(run)

@@ -10,11 +10,10 @@ and runs in INT8. Each config has a process of its own, with a limit of time and
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import List, Optional
 
-from q3d_plugin.commands._common import guarded
+from q3d_plugin.commands._common import as_command
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import check_writable
 from q3d_plugin.frameworks import open_adapter
@@ -78,18 +77,4 @@ def run(argv: Optional[List[str]]) -> int:
     return int(bool(failures(rows)))
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Runs the command.
-
-    Args:
-        argv: Its arguments; those of the process where None.
-
-    Returns:
-        int: 0, or 1 where a config shows a mistake of the plugin, or 2 after a mistake of the user, which one
-        line tells.
-    """
-    return guarded(run, argv)
-
-
-if __name__ == '__main__':
-    sys.exit(main())
+main = as_command(run)
