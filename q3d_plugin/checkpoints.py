@@ -38,6 +38,7 @@ def is_quantized_checkpoint(state_dict: Mapping) -> bool:
 
 
 _OWN_KEYS = ('_quantizer._amax', '_quantizer._state', '.smooth_alpha', '.smooth_scale', '.smooth_weight')
+_OWN_KEYS += ('camera_input._calibrated',)
 
 
 def _is_quantizer_key(key: str) -> bool:
