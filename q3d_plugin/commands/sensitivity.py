@@ -14,7 +14,7 @@ import time
 from typing import Any, Dict, List, Optional
 
 from q3d_plugin import files
-from q3d_plugin.analysis import charts, opening, sensitivity, skip_list
+from q3d_plugin.analysis import charts, opening, proposals, sensitivity, skip_list
 from q3d_plugin.analysis.calibrate import Calibrated, calibrate
 from q3d_plugin.analysis.replay import Replay
 from q3d_plugin.analysis.run_files import target_of
@@ -192,6 +192,8 @@ def run(argv: Optional[List[str]] = None) -> int:
     target = target_of(recipe.to_dict())
     text = f'target {target}, frames measured on: {len(batches)} '
     text += (f'of the {split} split' if split else 'that was given, which also gave the ranges') + '\n\n'
+    if not args.local and proposals.has_proposals(bench.forward(batches[0])):
+        text += f'{proposals.WORDS}\n\n'
     text += sensitivity.table(rows)
     if calibrated.nonfinite:
         text += f'\n\n{calibrated.warning()}'
