@@ -1,8 +1,10 @@
 """Detectors of MMDetection3D outside of its runner; see :mod:`q3d_plugin.adapter`."""
 
+import contextlib
 import copy
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -13,6 +15,7 @@ from mmdet3d.models.segmentors import EncoderDecoder3D
 from mmdet3d.registry import MODELS
 from mmdet3d.structures import Det3DDataSample
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
@@ -94,7 +97,8 @@ class MMDet3D(Adapter):
     def build(self, cfg: Config) -> nn.Module:
         init_default_scope(cfg.get('default_scope', 'mmdet3d'))
         # BEVFusion would fetch weights of its image backbone, and whoever builds a model here has others.
-        model = MODELS.build(_without_pretrained(cfg.model))
+        with _few_words():
+            model = MODELS.build(_without_pretrained(cfg.model))
         # Not in one line: ImVoteNet's train() returns nothing.
         model.eval()
         return model
@@ -127,6 +131,18 @@ class MMDet3D(Adapter):
         # This class, unlike those derived from it, predicts by votes over windows that slide over the frame.
         mode = 'tensor' if type(model) is EncoderDecoder3D else 'predict'
         return model(**copy_containers(batch), mode=mode)
+
+
+@contextlib.contextmanager
+def _few_words() -> Iterator[None]:
+    """Within, MMEngine logs warnings alone: a backbone that initializes itself lists all of its parameters."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _without_pretrained(node: Any) -> Any:
