@@ -53,7 +53,8 @@ model = dict(
         sparse_shape=grid_size,
         base_channels=8,
         output_channels=32,
-        encoder_channels=((8, 8, 16), (16, 16, 24), (24, 24, 32), (32, 32)),
+        encoder_channels=((8, 16), (16, 24), (24, 32), (32,)),
+        encoder_paddings=((0, 1), (0, 1), (0, (1, 1, 0)), (0,)),
     ),
     fusion_layer=dict(in_channels=[24, 64], out_channels=64),
     pts_backbone=dict(in_channels=64, out_channels=[48, 80], layer_nums=[3, 3]),
@@ -132,6 +133,8 @@ test_pipeline = [
         is_train=False,
     ),
     dict(type='PointsRangeFilter', point_cloud_range=point_cloud_range),
+    # Nothing is blanked unless an option says so: test_dataloader.dataset.pipeline.5.sensor=cameras (or lidar).
+    dict(type='BlankSensor', sensor='none'),
     dict(type='Pack3DDetInputs', keys=['img', 'points'], meta_keys=meta_keys),
 ]
 dataset = dict(
@@ -153,7 +156,7 @@ dataset = dict(
 )
 train_dataloader = dict(
     _delete_=True,
-    batch_size=2,
+    batch_size=1,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
@@ -178,7 +181,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(data_root=data_root, ann_file=data_root + 'nuscenes_infos_val.pkl')
 test_evaluator = val_evaluator
 
-epochs = 18
+epochs = 16
 optim_wrapper = dict(optimizer=dict(lr=2e-4))
 param_scheduler = [
     dict(

@@ -72,7 +72,7 @@ def import_bevfusion(quiet: bool = False) -> Optional[types.ModuleType]:
     prepare_bevfusion()
     try:
         return _import()
-    except Q3DError:
+    except (ImportError, Q3DError):
         if quiet:
             return None
         raise
