@@ -190,6 +190,17 @@ def test_configs_inherit_from_a_folder_that_no_wheel_has(checkout, tmp_path):
         projects.upstream_config('some_confg')
 
 
+def test_a_config_that_needs_it_is_refused_in_one_line(clean, tmp_path):
+    config = tmp_path / 'config.py'
+    for names in (['q3d_plugin.mmdet3d', projects.BEVFUSION], projects.BEVFUSION):
+        config.write_text(f'custom_imports = dict(imports={names!r})\n')
+        with pytest.raises(Q3DError, match='set MMDET3D_ROOT'):
+            projects.import_for(config)
+    for text in ('', "custom_imports = dict(imports=['q3d_plugin.mmdet3d'])\n"):
+        config.write_text(text)
+        projects.import_for(config)
+
+
 def test_it_is_looked_for_once_however_often_it_is_prepared(checkout):
     for _ in range(3):
         projects.prepare_bevfusion()
