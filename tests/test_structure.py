@@ -12,7 +12,20 @@ FILES = sorted(p for p in ROOT.rglob('*.py') if 'configs' not in p.relative_to(R
 
 # From the bottom up: a module imports from its own level's package and from the levels before it.
 LEVELS = (
-    ('errors', 'files', 'text', 'metrics', 'extras', 'shipped', 'progress', 'memo', 'bev_ops', 'stand_in', 'cpu', 'kernel'),
+    (
+        'errors',
+        'files',
+        'text',
+        'metrics',
+        'extras',
+        'shipped',
+        'progress',
+        'memo',
+        'bev_ops',
+        'stand_in',
+        'cpu',
+        'kernel',
+    ),
     ('numerics', 'recipe'),
     ('observer',),
     ('quantizer',),
