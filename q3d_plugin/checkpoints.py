@@ -111,6 +111,8 @@ def check_state_dict(model: nn.Module, state_dict: Mapping, source: str = 'check
 def _absent_parts(needed: Iterable[str], given: Iterable[str]) -> List[str]:
     """Parts of a model of which a checkpoint that has others holds nothing, such as those of the cameras.
 
+    None where it has parts of names like theirs.
+
     Args:
         needed: Entries of the model.
         given: Entries of the checkpoint.
@@ -120,8 +122,9 @@ def _absent_parts(needed: Iterable[str], given: Iterable[str]) -> List[str]:
         (['img_neck'], [])
     """
     parts, known = (dict.fromkeys(k.partition('.')[0] for k in keys) for keys in (needed, given))
-    absent = [part for part in parts if part not in known]
-    return absent if len(absent) < len(parts) else []
+    absent, extra = ([part for part in a if part not in b] for a, b in ((parts, known), (known, parts)))
+    renamed = any(near_matches(part, extra).startswith('; did') for part in absent)
+    return [] if renamed or len(absent) == len(parts) else absent
 
 
 def _permutes_to(given, wanted) -> bool:

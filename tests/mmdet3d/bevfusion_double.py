@@ -203,7 +203,10 @@ def frame(views=VIEWS, image=IMAGE, seed=0):
 
 
 def raw_outputs(model, batch):
-    """What the head of a model predicts for :func:`frame`, by name."""
+    """What the head of a model predicts for :func:`frame`, by name; one without cameras gets points alone."""
+    batch = {**batch, 'inputs': dict(batch['inputs'])}
+    if model.img_backbone is None:
+        batch['inputs'].pop('img', None)
     data = model.data_preprocessor(copy.deepcopy(batch), False)
     metas = [sample.metainfo for sample in data['data_samples']]
     with torch.no_grad():
@@ -216,8 +219,13 @@ def _of_projects(name):
 
 
 @contextlib.contextmanager
-def checkout(root=DOUBLE):
-    """BEVFusion is that of the checkout ``root`` inside, and nothing of it is left afterwards."""
+def checkout(root=DOUBLE, registered=True):
+    """BEVFusion is that of a checkout inside, and nothing of it is left afterwards.
+
+    Args:
+        root: The checkout.
+        registered: Whether the plugin's types are registered before anything is imported.
+    """
     registries = [r.module_dict for r in (MODELS, TASK_UTILS, TRANSFORMS)]
     ours = {parts.quant_name(part.base) for part in parts.PARTS if part.project}
     kept = [dict(modules) for modules in registries]
@@ -232,7 +240,8 @@ def checkout(root=DOUBLE):
         with mock.patch.dict(os.environ, MMDET3D_ROOT=str(root)):
             register_all_modules()
             projects.prepare_bevfusion()
-            parts.register_parts()
+            if registered:
+                parts.register_parts()
             yield
     finally:
         for name in [n for n in sys.modules if _of_projects(n)]:

