@@ -32,7 +32,7 @@ def test_every_quant_type_takes_the_arguments_of_its_float_type(adapter):
             if hasattr(base, method):
                 mine, theirs = (inspect.signature(getattr(c, method)).parameters for c in (quant, base))
                 assert list(mine) == list(theirs)
-    assert registered == 6
+    assert registered == 12
     before = dict(adapter.registries.registry_of('BACKBONE_2D'))
     adapter.parts.register_parts()
     assert before == adapter.registries.registry_of('BACKBONE_2D')
