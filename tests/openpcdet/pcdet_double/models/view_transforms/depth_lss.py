@@ -1,7 +1,7 @@
 """Image features lifted by a distribution over depth and pooled into a map.
 
-The real one projects points and pixels with the matrices of the cameras. Here each point has its pixel, and each
-pixel and depth its cell, by its number alone.
+The real one projects points and pixels with the matrices of the cameras. Here some pixels have a depth, and
+each pixel and depth has its cell by its number alone.
 """
 
 import torch

@@ -103,9 +103,8 @@ def test_shipped_configs_are_the_real_ones_with_quant_types(real, name):
     }
     assert take_quant_types(cfg.model) == (9 if 'cam' in name else 5)
     parts = {k for k, v in cfg.model.items() if v != expected.model.get(k)}
-    assert parts == {'lidar': set(), 'lidar-cam_swint': {'img_backbone'}}.get(
-        name, {'img_backbone', 'img_neck'}
-    )
+    expected = {'lidar': set(), 'lidar-cam_swint': {'img_backbone'}}
+    assert parts == expected.get(name, {'img_backbone', 'img_neck'})
 
 
 def real_batch(cfg):
@@ -128,7 +127,7 @@ def real_batch(cfg):
     [('bevfusion_lidar-cam_r50_w8a8.py', 102, 29), ('bevfusion_lidar-cam_swint_w8a8.py', None, None)],
 )
 def test_full_size_on_the_real_frame(real, config, layers, operations):
-    """Off equals float at every layer, W8A8 runs after a calibration on the frame, and coverage is complete."""
+    """Off is float at every layer, W8A8 runs after a calibration on the frame, and coverage is complete."""
     from q3d_plugin import lifecycle
     from q3d_plugin.coverage import coverage
     from q3d_plugin.mmdet3d.build import MMDet3D
