@@ -11,9 +11,10 @@ from torch import nn
 from q3d_plugin import __version__
 from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.files import replacing
+from q3d_plugin.layers import QuantUnit
 from q3d_plugin.layers.model import units
 from q3d_plugin.quantizer import UNSIGNED_MODES, Mode
-from q3d_plugin.recipe import TARGETS, Recipe, differences
+from q3d_plugin.recipe import TARGETS, LayerPlan, Recipe, differences
 from q3d_plugin.transforms.fold import fold_state_dict
 
 __all__ = [
@@ -25,8 +26,9 @@ __all__ = [
     'stamp',
 ]
 
-FORMAT = 2
-"""Of the checkpoints that are written. In format 1 recipes had no target."""
+FORMAT = 3
+"""Of the checkpoints that are written. In format 1 recipes had no target; before 3 they had no ``include``,
+and no layer was float by default."""
 
 META_KEY = 'q3d'
 """Where a checkpoint's ``meta`` holds the recipe."""
@@ -148,7 +150,7 @@ def check_recipe_of(
             f'{source}: it was made for another target: {made.target!r}, and {place} is {recipe.target!r}; '
             f'{made.target!r} would work, {advice}'
         )
-    layer = next((n for n, _ in units(model) if made.plan(n) != recipe.plan(n)), None)
+    layer = next((n for n, u in units(model) if _plan(made, n, u) != _plan(recipe, n, u)), None)
     if layer is None:
         return
     theirs, mine = made.to_dict(), recipe.to_dict()
@@ -162,6 +164,11 @@ def check_recipe_of(
         f'{source}: it was quantized with another recipe (checkpoint and config): {"; ".join(found)}. They '
         f'differ for {layer!r}. Use the recipe it was made with, {advice}'
     )
+
+
+def _plan(recipe: Recipe, name: str, unit: QuantUnit) -> LayerPlan:
+    """The plan of a layer without the words for it."""
+    return dataclasses.replace(recipe.plan(name, unit.float_by_default), reason='')
 
 
 def _recipe_of(stamped: Mapping, source: str) -> Recipe:
@@ -178,6 +185,8 @@ def _recipe_of(stamped: Mapping, source: str) -> Recipe:
         )
     if version == 1:
         given['target'] = 'simulation'
+    if version < 3:
+        given['include'] = ['*']
     try:
         return Recipe.from_dict(given)
     except Q3DError as error:

@@ -275,6 +275,12 @@ class Quantizer(TensorQuantizer):
         self.finite = True
         self._memo.clear()
 
+    def join(self, other: 'Quantizer') -> None:
+        """Takes over the statistics and the layers of another quantizer of the same spec."""
+        self.observer.merge(other.observer)
+        self.finite, self.used = self.finite and other.finite, self.used or other.used
+        self.owners += [name for name in other.owners if name not in self.owners]
+
     def set_range(self, amax: Tensor, unsigned: bool = False) -> None:
         """Ends calibration with a range.
 

@@ -71,6 +71,9 @@ class QuantUnit(nn.Module):
     family = 'elementwise'
     """The kind of layer that engines tell it for; one of :data:`q3d_plugin.recipe.FAMILIES`."""
 
+    float_by_default = ''
+    """Why the unit stays float unless the recipe's ``include`` names it; set where a part is set up."""
+
     def _init_unit(self) -> None:
         self.input_quantizer = None
         self.input_group: Optional[InputGroup] = None
@@ -95,9 +98,10 @@ class QuantUnit(nn.Module):
         self.float_reason, self.target = plan.reason, plan.target
         self.input_quantizer = None
         if plan.activation is not None:
-            # Layers that are smoothed in another way read the tensor in another scale.
+            # Layers that are smoothed in another way read the tensor in another scale. Operations without a
+            # weight are never smoothed.
             group = id(self.input_group) if self.input_group is not None else name
-            key = (group, plan.activation, plan.smooth)
+            key = (group, plan.activation, plan.smooth if hasattr(self, 'weight') else None)
             if key not in shared:
                 built = self._built.get('input')
                 if built is None or any(built is other for other in shared.values()):
@@ -131,6 +135,11 @@ class QuantUnit(nn.Module):
         """Where the parameters of this unit are; None where it has none, as an addition."""
         parameter = next(self.parameters(), None)
         return None if parameter is None else parameter.device
+
+    def take_quantizer(self, other: 'QuantUnit') -> None:
+        """Shares the input quantizer of ``other`` from now on, whatever recipe follows."""
+        self.input_group = other.input_group
+        self.input_quantizer = self._built['input'] = other.input_quantizer
 
     def quantizers(self) -> List[Quantizer]:
         """The quantizers of this unit, input first."""

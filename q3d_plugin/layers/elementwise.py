@@ -63,7 +63,7 @@ class QuantConcat(QuantUnit):
         quantizer = self.input_quantizer
         if quantizer is not None and quantizer.dynamic:
             return quantizer(torch.cat(list(tensors), dim=dim))
-        if torch.is_grad_enabled() or quantizer is None or quantizer.shared:
+        if torch.is_grad_enabled() or quantizer is None:
             return torch.cat([self.quantize_input(t) for t in tensors], dim=dim)
         # The same values without a quantized copy of every input: at the neck of a detector, where the
         # largest tensors meet, those copies would be the peak of its memory.

@@ -32,8 +32,7 @@ class QuantSparseBasicBlock(SparseBasicBlock):
     def setup_quant(self) -> None:
         """Makes the addition and shares the block's input."""
         self.add = QuantAdd(before_relu=True)
-        if self.downsample is not None:
-            share_input([self.conv1, first_layer(self.downsample)])
+        share_input([self.conv1, self.add if self.downsample is None else first_layer(self.downsample)])
 
     def forward(self, x):
         out = self.conv1(x)
@@ -47,13 +46,16 @@ class QuantSparseBasicBlock(SparseBasicBlock):
 
 
 class _ResNetBlock:
-    """Residual blocks of mmdet's ResNets: the addition has one quantizer for both inputs, and the shortcut's
-    convolution shares that of the block's input (STUDY part B)."""
+    """Residual blocks of mmdet's ResNets: the addition has one quantizer for both inputs, that of the block's
+    input where the shortcut is the input itself; a shortcut's convolution shares that of the block's input
+    (STUDY part B)."""
 
     def setup_quant(self) -> None:
         self.add = QuantAdd(before_relu=True)
+        if self.downsample is None:
+            share_input([self.conv1, self.add])
         # Where the shortcut begins with a pooling, its convolution reads another tensor.
-        if self.downsample is not None and first_layer(self.downsample) is self.downsample[0]:
+        elif first_layer(self.downsample) is self.downsample[0]:
             share_input([self.conv1, self.downsample[0]])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,8 +93,8 @@ class _ImVoxelBlock:
 
     def setup_quant(self) -> None:
         self.add = QuantAdd(before_relu=True)
-        if self.stride != 1:
-            share_input([first_layer(self.conv0), first_layer(self.downsample)])
+        first = first_layer(self.conv0)
+        share_input([first, self.add if self.stride == 1 else first_layer(self.downsample)])
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv1(self.conv0(x))

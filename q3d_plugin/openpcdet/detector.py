@@ -58,7 +58,7 @@ class QuantDetectorMixin:
         self._q3d_ready = False
         self._q3d_saved = set()
         self._q3d_logger = getattr(dataset, 'logger', None) or logging.getLogger('q3d_plugin')
-        lifecycle.configure(self, recipe)
+        lifecycle.configure(self, recipe, self._q3d_logger)
         self.register_buffer(RECIPE_KEY, pack_recipe(recipe))
 
     # Loading.

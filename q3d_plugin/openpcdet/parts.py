@@ -23,12 +23,12 @@ __all__ = ['BLOCKS', 'PARTS', 'Part', 'register_parts']
 
 
 class _Residual:
-    """Residual block: its addition has one quantizer for both inputs, and the shortcut shares the input's."""
+    """Residual block: its addition has one quantizer for both inputs, and whatever reads the block's input
+    shares one."""
 
     def setup_quant(self) -> None:
         self.add = QuantAdd(before_relu=True)
-        if self._shortcut() is not None:
-            share_input(self.input_layers())
+        share_input(self.input_layers())
 
     def _shortcut(self) -> Optional[nn.Module]:
         # BaseBEVResBackbone has a flag and a layer, the sparse backbones the layer or None.
@@ -37,9 +37,9 @@ class _Residual:
         return self.downsample_layer if self.downsample else None
 
     def input_layers(self) -> List[nn.Module]:
-        """The layers that read the block's input."""
+        """What reads the block's input."""
         shortcut = self._shortcut()
-        return [self.conv1] + ([] if shortcut is None else [first_layer(shortcut)])
+        return [self.conv1, self.add if shortcut is None else first_layer(shortcut)]
 
 
 class _SparseResidual(_Residual):
