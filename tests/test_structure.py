@@ -14,7 +14,7 @@ FILES = sorted(p for p in ROOT.rglob('*.py') if 'configs' not in p.relative_to(R
 LEVELS = (
     ('errors', 'files', 'text', 'metrics', 'extras', 'shipped', 'progress', 'memo', 'cpu', 'kernel'),
     ('numerics', 'recipe'),
-    ('observer',),
+    ('observer', 'modes'),
     ('quantizer',),
     ('layers',),
     ('calibration',),

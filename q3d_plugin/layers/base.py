@@ -136,11 +136,6 @@ class QuantUnit(nn.Module):
         parameter = next(self.parameters(), None)
         return None if parameter is None else parameter.device
 
-    def take_quantizer(self, other: 'QuantUnit') -> None:
-        """Shares the input quantizer of ``other`` from now on, whatever recipe follows."""
-        self.input_group = other.input_group
-        self.input_quantizer = self._built['input'] = other.input_quantizer
-
     def quantizers(self) -> List[Quantizer]:
         """The quantizers of this unit, input first."""
         return [] if self.input_quantizer is None else [self.input_quantizer]

@@ -23,7 +23,7 @@ class QuantAdd(QuantUnit):
             ``a <= -b`` gives ``clip(a) <= -clip(b)``. (The branch of a residual block has large negative
             values that the ReLU removes; a range that covers them wastes half of the integers.) Only
             signedness is decided by all places: without negative integers, ``a = -5`` would become 0, and its
-            sum with ``b = 3`` positive.
+            sum with ``b = 3`` positive. An input that a layer sharing the quantizer reads too counts whole.
     """
 
     kind = 'Add'
@@ -42,7 +42,8 @@ class QuantAdd(QuantUnit):
             for x in (a, b):
                 if quantizer.spec.unsigned == 'auto':  # else the sign is settled
                     quantizer.observer.note_sign(x)
-                quantizer(x.expand_as(total).reshape(-1).index_select(0, kept))
+                if not quantizer.counted(x):
+                    quantizer(x.expand_as(total).reshape(-1).index_select(0, kept))
             return total
         if quantizer is not None and quantizer.dynamic:
             amax = largest_magnitude(a, b)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.layers import InputGroup, QuantConcat, QuantUnit, QuantWeightLayer
 from q3d_plugin.layers.model import units
-from q3d_plugin.recipe import LayerPlan, Recipe, matches
+from q3d_plugin.recipe import ActivationSpec, Recipe, matches
 from q3d_plugin.transforms.graph import tensors_in
 
 __all__ = [
@@ -151,34 +151,31 @@ def check_specs(model: nn.Module, recipe: Recipe, prefix: str = '') -> None:
     """
     named = dict(units(model))
     for group, names in _declared(model, (), list(named)):
-        plans = {prefix + name: recipe.plan(prefix + name, named[name].float_by_default) for name in names}
-        plans = {name: plan for name, plan in plans.items() if plan.activation is not None}
-        first = next(iter(plans), '')
-        for name, plan in plans.items():
-            # Operations are never smoothed: beside a smoothed layer they have a scale of their own.
-            weighted = [n for n in (first, name) if isinstance(named[n[len(prefix) :]], QuantWeightLayer)]
-            different = _difference(plans[first], plan, smoothing=len(weighted) == 2)
-            if different:
-                key, one, other = different
-                raise Q3DError(
-                    f'{recipe.place}: the inputs of {first!r} and {name!r} have one scale ({group.name!r}), '
-                    f'but {key} {one!r} and {other!r} were given; the same for both would work, by one '
-                    'override that names both'
-                )
+        plans = {name: recipe.plan(prefix + name, named[name].float_by_default) for name in names}
+        members = [name for name in names if plans[name].activation is not None]
+        # Operations are never smoothed: beside a smoothed layer they have a scale of their own.
+        layers = [name for name in members if isinstance(named[name], QuantWeightLayer)]
+        for part, alike in (('activation', members), ('smooth', layers)):
+            for name in alike[1:]:
+                different = _difference(getattr(plans[alike[0]], part), getattr(plans[name], part))
+                if different:
+                    key, one, other = different
+                    word = {'smooth': 'smoothquant'}.get(part, part)
+                    raise Q3DError(
+                        f'{recipe.place}: the inputs of {prefix + alike[0]!r} and {prefix + name!r} have one '
+                        f'scale ({group.name!r}), but {word}{key} {one!r} and {other!r} were given; the same '
+                        'for both would work, by one override that names both'
+                    )
 
 
-def _difference(a: LayerPlan, b: LayerPlan, smoothing: bool) -> Optional[Tuple[str, Any, Any]]:
-    """The first setting of the input in which two plans differ: its path, and both values."""
-    parts = [('activation', a.activation, b.activation), ('smoothquant', a.smooth, b.smooth)]
-    for key, one, other in parts if smoothing else parts[:1]:
-        if one is None or other is None:
-            if one is not other:
-                return key, one and 'on', other and 'on'
-            continue
-        for field in dataclasses.fields(one):
-            values = getattr(one, field.name), getattr(other, field.name)
-            if values[0] != values[1]:
-                return (f'{key}.{field.name}', *values)
+def _difference(a: Any, b: Any) -> Optional[Tuple[str, Any, Any]]:
+    """The first entry in which two specs differ: its key, and both values; the specs may be None."""
+    if a is None or b is None:
+        return None if a is b else ('', a and 'on', b and 'on')
+    for field in dataclasses.fields(a):
+        values = getattr(a, field.name), getattr(b, field.name)
+        if values[0] != values[1]:
+            return (f'.{field.name}', *values)
     return None
 
 
@@ -221,8 +218,9 @@ def check_sharing(model: nn.Module, forward: Callable[[], Any]) -> Sharing:
 def share_scales(model: nn.Module, groups: Sequence[Sequence[str]]) -> List[List[str]]:
     """Gives units that have to have one scale one quantizer, which has seen what all of theirs saw.
 
-    To be called between a pass that takes statistics and the choice of ranges. Units of a group that are to
-    be quantized differently, or whose range is that of the current tensor, keep quantizers of their own.
+    To be called between a pass that takes statistics and the choice of ranges, and undone by the next recipe
+    that is applied. Units of a group that are to be quantized differently, or whose range is that of the
+    current tensor, keep quantizers of their own.
 
     Args:
         model: Whose activation quantizers hold statistics.
@@ -237,25 +235,29 @@ def share_scales(model: nn.Module, groups: Sequence[Sequence[str]]) -> List[List
         holders.setdefault(id(unit.input_quantizer), []).append(unit)
     out = []
     for names in _joined([set(names) for names in groups]):
-        by_settings: Dict[Any, List[str]] = {}
+        by_spec: Dict[ActivationSpec, List[str]] = {}
         for name in (name for name in named if name in names):
-            unit = named[name]
-            quantizer = unit.input_quantizer
-            if quantizer is not None and quantizer.spec.range == 'static':
-                by_settings.setdefault((quantizer.spec, getattr(unit, 'smooth_spec', None)), []).append(name)
-        for members in by_settings.values():
-            first = named[members[0]]
+            quantizer = named[name].input_quantizer
+            # A layer that multiplies its input before it is quantized reads another tensor.
+            if quantizer is not None and quantizer.spec.range == 'static' and not _smooths(named[name]):
+                by_spec.setdefault(quantizer.spec, []).append(name)
+        for members in by_spec.values():
+            first = named[members[0]].input_quantizer
             apart = {id(named[name].input_quantizer): named[name].input_quantizer for name in members}
-            apart.pop(id(first.input_quantizer))
+            apart.pop(id(first))
             if apart:
-                first.input_group = first.input_group or InputGroup()
                 out.append(members)
             for other in apart.values():
-                first.input_quantizer.join(other)
+                first.join(other)
                 for unit in holders[id(other)]:
-                    unit.take_quantizer(first)
-                holders[id(first.input_quantizer)] += holders[id(other)]
+                    unit.input_quantizer = first
+                holders[id(first)] += holders[id(other)]
     return out
+
+
+def _smooths(unit: QuantUnit) -> bool:
+    spec = getattr(unit, 'smooth_spec', None)
+    return spec is not None and (unit.smoothing or spec.mode == 'dynamic')
 
 
 def _scale_groups(named: Dict[str, QuantUnit], readers: Sequence[Sequence[str]]) -> List[List[str]]:
