@@ -1,9 +1,9 @@
 """Checkpoints of quantized models: checked before they are loaded, and written whole or not at all."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import nn
@@ -40,6 +40,7 @@ def is_quantized_checkpoint(state_dict: Mapping) -> bool:
 
 
 _OWN_KEYS = ('_quantizer._amax', '_quantizer._state', '.smooth_alpha', '.smooth_scale', '.smooth_weight')
+_OWN_KEYS += ('camera_input._calibrated',)
 
 
 def _is_quantizer_key(key: str) -> bool:
@@ -81,6 +82,12 @@ def check_state_dict(model: nn.Module, state_dict: Mapping, source: str = 'check
             f'model needs {tuple(weights[wrong[0]].shape)} (and {len(wrong) - 1} more differ)'
         )
     missing = [k for k in weights if k not in folded]
+    absent = _absent_parts(weights, folded)
+    if absent:
+        raise Q3DError(
+            f'{source}: of another model: it has no weights at all of {", ".join(absent)}, which this model '
+            f'has ({len(missing)} of {len(weights)} entries are missing)'
+        )
     if missing:
         has = f'it has {len(state_dict)} entries, {len(weights) - len(missing)} of the {len(weights)} needed'
         near = near_matches(missing[0], [k for k in state_dict if not _is_quantizer_key(k)][:2000], 1)
@@ -101,6 +108,25 @@ def check_state_dict(model: nn.Module, state_dict: Mapping, source: str = 'check
                 + '. Use the recipe it was made with, or calibrate the float checkpoint anew'
             )
     return folded
+
+
+def _absent_parts(needed: Iterable[str], given: Iterable[str]) -> List[str]:
+    """Parts of a model of which a checkpoint that has others holds nothing, such as those of the cameras.
+
+    None where it has parts of names like theirs.
+
+    Args:
+        needed: Entries of the model.
+        given: Entries of the checkpoint.
+
+    Examples:
+        >>> _absent_parts(['head.w', 'img_neck.w'], ['head.w']), _absent_parts(['head.w'], ['x.w'])
+        (['img_neck'], [])
+    """
+    parts, known = (dict.fromkeys(k.partition('.')[0] for k in keys) for keys in (needed, given))
+    absent, extra = ([part for part in a if part not in b] for a, b in ((parts, known), (known, parts)))
+    renamed = any(near_matches(part, extra).startswith('; did') for part in absent)
+    return [] if renamed or len(absent) == len(parts) else absent
 
 
 def _permutes_to(given, wanted) -> bool:

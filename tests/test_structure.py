@@ -12,7 +12,20 @@ FILES = sorted(p for p in ROOT.rglob('*.py') if 'configs' not in p.relative_to(R
 
 # From the bottom up: a module imports from its own level's package and from the levels before it.
 LEVELS = (
-    ('errors', 'files', 'text', 'metrics', 'extras', 'shipped', 'progress', 'memo', 'cpu', 'kernel'),
+    (
+        'errors',
+        'files',
+        'text',
+        'metrics',
+        'extras',
+        'shipped',
+        'progress',
+        'memo',
+        'bev_ops',
+        'stand_in',
+        'cpu',
+        'kernel',
+    ),
     ('numerics', 'recipe'),
     ('observer', 'modes'),
     ('quantizer',),
@@ -21,7 +34,7 @@ LEVELS = (
     ('transforms',),
     ('coverage', 'safe_load', 'checkpoint_file', 'checkpoints', 'run_record'),
     ('lifecycle',),
-    ('raw_outputs', 'synthetic', 'adapter', 'bench'),
+    ('raw_outputs', 'synthetic', 'adapter', 'bench', 'camera_input', 'fusion_parts'),
     ('mmdet3d', 'openpcdet'),
     ('frameworks', 'analysis', 'zoo', 'benchmark', 'launch', 'toy_nuscenes', 'gpu_check'),
     ('commands',),
@@ -33,6 +46,7 @@ FRAMEWORKS = {
     'mmengine': 'mmdet3d',
     'mmcv': 'mmdet3d',
     'mmdet': 'mmdet3d',
+    'projects': 'mmdet3d',
 }
 
 

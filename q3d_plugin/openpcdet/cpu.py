@@ -22,8 +22,9 @@ import torch
 from q3d_plugin import cpu
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.openpcdet import cpu_ops
+from q3d_plugin.stand_in import StandIn
 
-__all__ = ['enable_openpcdet_cpu_mode', 'find_pcdet', 'import_pcdet']
+__all__ = ['StandIn', 'enable_openpcdet_cpu_mode', 'find_pcdet', 'import_pcdet']
 
 # Packages that OpenPCDet imports at start-up, but needs for some data sets and models only.
 OPTIONAL = {
@@ -34,34 +35,6 @@ OPTIONAL = {
     'torch_scatter': (),
 }
 ARGO2 = 'pcdet.datasets.argo2.argo2_dataset'
-
-
-class StandIn(types.ModuleType):
-    """Stands where a module should be, and names what was called.
-
-    Args:
-        name: The module's full name.
-        reason: Why it is not there, as the end of a sentence.
-        known: What does work.
-    """
-
-    __path__: list = []
-
-    def __init__(self, name: str, reason: str, known: Optional[dict] = None) -> None:
-        super().__init__(name, doc='A stand-in of q3d_plugin.')
-        self.__dict__['_q3d_reason'] = reason
-        self.__dict__.update(known or {})
-
-    def __getattr__(self, name: str):
-        if name.startswith('__'):
-            raise AttributeError(name)
-        message = f'{self.__name__}.{name} cannot be used here: {self._q3d_reason}'
-
-        def missing(*args, **kwargs):
-            raise NotImplementedError(message)
-
-        missing.__name__ = name
-        return missing
 
 
 def import_pcdet(root: Optional[str] = None) -> types.ModuleType:

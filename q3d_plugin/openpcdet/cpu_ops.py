@@ -10,6 +10,8 @@ from typing import Optional, Tuple
 import numpy as np
 import torch
 
+from q3d_plugin.bev_ops import BEV_POOL
+
 __all__ = [
     'EXTENSIONS',
     'SCATTER',
@@ -237,7 +239,7 @@ EXTENSIONS = {
     'pcdet.ops.ingroup_inds.ingroup_inds_cuda': {},
     'pcdet.ops.pointnet2.pointnet2_stack.pointnet2_stack_cuda': {},
     'pcdet.ops.pointnet2.pointnet2_batch.pointnet2_batch_cuda': {},
-    'pcdet.ops.bev_pool.bev_pool_ext': {},
+    'pcdet.ops.bev_pool.bev_pool_ext': BEV_POOL,
 }
 
 

@@ -13,7 +13,9 @@ from pcdet.models.backbones_2d.base_bev_backbone import BaseBEVBackbone
 from pcdet.utils.spconv_utils import replace_feature
 from torch import nn
 
+from q3d_plugin.fusion_parts import DepthFeatures
 from q3d_plugin.layers import QuantAdd, QuantConcat
+from q3d_plugin.openpcdet import fusion
 from q3d_plugin.openpcdet.detector import QuantDetectorMixin
 from q3d_plugin.openpcdet.registries import registry_of
 from q3d_plugin.transforms.insert import first_layer, quantize_, share_input
@@ -163,7 +165,7 @@ PARTS = (
     Part('NAME', 'CenterPoint', QuantDetectorMixin),
     Part('NAME', 'VoxelNeXt', QuantDetectorMixin),
     Part('NAME', 'TransFusion', QuantDetectorMixin),
-    Part('NAME', 'BevFusion', QuantDetectorMixin),
+    Part('NAME', 'BevFusion', fusion.Detector),
     Part('NAME', 'PointRCNN', QuantDetectorMixin),
     Part('NAME', 'PartA2Net', QuantDetectorMixin),
     Part('NAME', 'PVRCNN', QuantDetectorMixin),
@@ -197,7 +199,7 @@ PARTS = (
     Part('DENSE_HEAD', 'AnchorHeadMulti', _SharedAnchorHeads),
     Part('DENSE_HEAD', 'CenterHead', _SharedBranches),
     Part('DENSE_HEAD', 'VoxelNeXtHead', _SharedBranches),
-    Part('DENSE_HEAD', 'TransFusionHead'),
+    Part('DENSE_HEAD', 'TransFusionHead', fusion.Head),
     Part('POINT_HEAD', 'PointHeadSimple'),
     Part('POINT_HEAD', 'PointHeadBox'),
     Part('POINT_HEAD', 'PointIntraPartOffsetHead'),
@@ -209,9 +211,9 @@ PARTS = (
     Part('ROI_HEAD', 'MPPNetHead'),
     Part('ROI_HEAD', 'MPPNetHeadE2E'),
     Part('IMAGE_BACKBONE', 'SwinTransformer'),
-    Part('NECK', 'GeneralizedLSSFPN'),
-    Part('VTRANSFORM', 'DepthLSSTransform'),
-    Part('FUSER', 'ConvFuser'),
+    Part('NECK', 'GeneralizedLSSFPN', fusion.Neck),
+    Part('VTRANSFORM', 'DepthLSSTransform', DepthFeatures),
+    Part('FUSER', 'ConvFuser', fusion.Fuser),
 )
 
 # Where a residual block or the like stands, relative to pcdet.models, and what its quantized type adds.
