@@ -9,7 +9,7 @@ use (``mmdet.ResNet``) get their Quant type in MMDetection3D's registry (``Quant
 from typing import Dict, NamedTuple, Optional, Tuple, Type
 
 import mmdet3d.models  # noqa: F401  (fills the registry)
-from mmdet.models.backbones import resnet, resnext
+from mmdet.models.backbones import resnet, resnext, swin
 from mmdet3d.models.backbones import dla
 from mmdet3d.models.dense_heads.centerpoint_head import SeparateHead
 from mmdet3d.models.layers.sparse_block import SparseBasicBlock, replace_feature
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from q3d_plugin.layers import QuantAdd, QuantConcat
+from q3d_plugin.layers.window_attention import WindowAttention
 from q3d_plugin.mmdet3d import conventions, mmcv_sparse  # noqa: F401  (make mmcv's modules known)
 from q3d_plugin.transforms.insert import first_layer, quantize_, share_input
 from q3d_plugin.transforms.sharing import SharedScale, declare_sharing
@@ -161,6 +162,7 @@ PARTS = (
     Part('mmdet.ResNet'),
     Part('mmdet.ResNeXt'),
     Part('mmdet.RegNet'),
+    Part('mmdet.SwinTransformer'),
     Part('DLANet'),
     Part('PointNet2SASSG'),
     Part('PointNet2SAMSG'),
@@ -226,6 +228,7 @@ BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {
     resnext.Bottleneck: _block(resnext.Bottleneck, _ResNetBlock),
     dla.BasicBlock: _block(dla.BasicBlock, _DLABlock),
     ResModule: _block(ResModule, _ImVoxelBlock),
+    swin.WindowMSA: _block(swin.WindowMSA, WindowAttention),
 }
 """Float block class -> quantized block class."""
 

@@ -14,6 +14,7 @@ from pcdet.utils.spconv_utils import replace_feature
 from torch import nn
 
 from q3d_plugin.layers import QuantAdd, QuantConcat
+from q3d_plugin.layers.window_attention import WindowAttention
 from q3d_plugin.openpcdet.detector import QuantDetectorMixin
 from q3d_plugin.openpcdet.registries import registry_of
 from q3d_plugin.transforms.insert import first_layer, quantize_, share_input
@@ -223,6 +224,7 @@ _BLOCKS = (
     ('backbones_3d.spconv_unet', 'SparseBasicBlock', _SparseResidual),
     ('backbones_3d.spconv_backbone_2d', 'BasicBlock', _DenseResidual),
     ('backbones_2d.base_bev_backbone', 'BasicBlock', _DenseResidual),
+    ('backbones_image.swin', 'WindowMSA', WindowAttention),
 )
 
 BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {}
