@@ -4,8 +4,9 @@
 
 Some channels between two layers are multiplied by a factor in the layer that writes them and divided by it in
 the layers that read them. An activation has one scale, so that its other channels lose their bits. A
-LayerNorm writes channels too, as before the linear layers of a Swin: its weight and bias are multiplied. CONFIG
-has Quant types, by which the layers are found; CHECKPOINT is float, and so is OUT.pth, with the same keys.
+LayerNorm writes channels too, as before the linear layers of a Swin: its weight and bias are multiplied.
+CONFIG has Quant types, by which the layers are found; CHECKPOINT is float, and so is OUT.pth, with the same
+keys.
 """
 
 import argparse

@@ -7,8 +7,8 @@ from q3d_plugin.layers.base import QuantUnit
 __all__ = ['FLOAT_PRODUCT', 'QuantHeadedProduct', 'QuantMatMul', 'QuantOperand']
 
 FLOAT_PRODUCT = 'a product of two activations'
-"""Why an operand is float by default. Neither is a weight, which has a range for each channel, and the scores go
-into a softmax, which magnifies errors. In the study (part C) softmax and transposes stay float, too."""
+"""Why an operand is float by default. Neither is a weight, which has a range for each channel, and the scores
+go into a softmax, which magnifies errors. In the study (part C) softmax and transposes stay float, too."""
 
 
 class QuantOperand(QuantUnit):
