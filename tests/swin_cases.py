@@ -1,4 +1,4 @@
-"""Swin backbones for tests of both frameworks: weights, comparison by layer, outliers and the share recovered."""
+"""Swin backbones for tests of both frameworks: weights, comparison by layer, what outliers cost."""
 
 import os
 import types
