@@ -3,7 +3,7 @@
 
 from typing import Dict, Optional, Type
 
-from mmdet.models.backbones import resnet, resnext
+from mmdet.models.backbones import resnet, resnext, swin
 from mmdet3d.models.backbones import dla
 from mmdet3d.models.dense_heads.centerpoint_head import SeparateHead
 from mmdet3d.models.layers.sparse_block import SparseBasicBlock, replace_feature
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from q3d_plugin.layers import QuantAdd, QuantConcat
+from q3d_plugin.layers.window_attention import WindowAttention
 from q3d_plugin.transforms.insert import first_layer, share_input
 
 __all__ = ['BLOCKS', 'QuantSparseBasicBlock', 'SECONDFPNForward', 'SharedAnchorBranches', 'SharedBranches']
@@ -133,5 +134,6 @@ BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {
     resnext.Bottleneck: _block(resnext.Bottleneck, _ResNetBlock),
     dla.BasicBlock: _block(dla.BasicBlock, _DLABlock),
     ResModule: _block(ResModule, _ImVoxelBlock),
+    swin.WindowMSA: _block(swin.WindowMSA, WindowAttention),
 }
 """Float block class -> quantized block class."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from q3d_plugin.fusion_parts import DepthFeatures
 from q3d_plugin.layers import QuantAdd, QuantConcat
+from q3d_plugin.layers.window_attention import WindowAttention
 from q3d_plugin.openpcdet import fusion
 from q3d_plugin.openpcdet.detector import QuantDetectorMixin
 from q3d_plugin.openpcdet.registries import registry_of
@@ -225,6 +226,7 @@ _BLOCKS = (
     ('backbones_3d.spconv_unet', 'SparseBasicBlock', _SparseResidual),
     ('backbones_3d.spconv_backbone_2d', 'BasicBlock', _DenseResidual),
     ('backbones_2d.base_bev_backbone', 'BasicBlock', _DenseResidual),
+    ('backbones_image.swin', 'WindowMSA', WindowAttention),
 )
 
 BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {}
