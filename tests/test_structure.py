@@ -34,7 +34,7 @@ LEVELS = (
     ('transforms',),
     ('coverage', 'safe_load', 'checkpoint_file', 'checkpoints', 'run_record'),
     ('lifecycle',),
-    ('raw_outputs', 'synthetic', 'adapter', 'bench', 'camera_input', 'fusion_parts'),
+    ('frame', 'raw_outputs', 'synthetic', 'adapter', 'bench', 'camera_input', 'fusion_parts'),
     ('mmdet3d', 'openpcdet'),
     ('frameworks', 'analysis', 'zoo', 'benchmark', 'launch', 'toy_nuscenes', 'gpu_check'),
     ('commands',),
