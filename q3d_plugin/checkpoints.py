@@ -16,12 +16,14 @@ from q3d_plugin.layers.model import units
 from q3d_plugin.quantizer import UNSIGNED_MODES, Mode
 from q3d_plugin.recipe import TARGETS, LayerPlan, Recipe, differences
 from q3d_plugin.transforms.fold import fold_state_dict
+from q3d_plugin.transforms.sharing import share_scales, undeclared_groups
 
 __all__ = [
     'META_KEY',
     'check_recipe_of',
     'check_state_dict',
     'is_quantized_checkpoint',
+    'restore_sharing',
     'save_checkpoint',
     'stamp',
 ]
@@ -227,9 +229,30 @@ def _unsigned_quantizer(state_dict: Mapping) -> str:
     return ''
 
 
-def stamp(recipe: Recipe) -> Dict[str, Any]:
-    """The entry of a quantized checkpoint's ``meta`` under :data:`META_KEY`."""
-    return {'recipe': recipe.to_dict(), 'version': __version__, 'format': FORMAT}
+def stamp(recipe: Recipe, model: Optional[nn.Module] = None) -> Dict[str, Any]:
+    """The entry of a quantized checkpoint's ``meta`` under :data:`META_KEY`.
+
+    Args:
+        recipe: Of the checkpoint.
+        model: Calibrated: which of its units have one scale is noted as far as calibration found it.
+    """
+    shared = [] if model is None else undeclared_groups(model)
+    return {
+        'recipe': recipe.to_dict(),
+        'version': __version__,
+        'format': FORMAT,
+        **({'shared_scales': shared} if shared else {}),
+    }
+
+
+def restore_sharing(meta: Optional[Mapping], model: nn.Module) -> None:
+    """Gives units one quantizer that had one when a checkpoint was saved; to be called before it is loaded.
+
+    Args:
+        meta: The checkpoint's ``meta``.
+        model: Configured by the recipe of the checkpoint.
+    """
+    share_scales(model, ((meta or {}).get(META_KEY) or {}).get('shared_scales', ()))
 
 
 def save_checkpoint(
@@ -248,6 +271,6 @@ def save_checkpoint(
     state = model.state_dict()
     for key, value in state.items():
         state[key] = value.detach().cpu()
-    content = {'meta': {**(meta or {}), META_KEY: stamp(recipe)}, state_key: state}
+    content = {'meta': {**(meta or {}), META_KEY: stamp(recipe, model)}, state_key: state}
     with replacing(Path(path)) as temporary:
         torch.save(content, str(temporary))

@@ -233,7 +233,8 @@ class Quantizer(TensorQuantizer):
 
     def join(self, other: 'Quantizer') -> None:
         """Takes over the statistics and the layers of another quantizer of the same spec."""
-        self.observer.merge(other.observer)
+        if other.observer is not None:
+            self.observer.merge(other.observer)
         self.finite, self.used = self.finite and other.finite, self.used or other.used
         self.owners += [name for name in other.owners if name not in self.owners]
 

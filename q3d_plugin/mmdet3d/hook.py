@@ -118,7 +118,9 @@ class QuantHook(Hook):
             runner (Runner): The runner of the training process.
             checkpoint (dict): What will be saved.
         """
-        checkpoint.setdefault('meta', {})[checkpoints.META_KEY] = checkpoints.stamp(self.recipe)
+        checkpoint.setdefault('meta', {})[checkpoints.META_KEY] = checkpoints.stamp(
+            self.recipe, self._model(runner)
+        )
 
     def _ensure_calibrated(self, runner) -> None:
         model = self._model(runner)

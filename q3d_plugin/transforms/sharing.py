@@ -27,6 +27,7 @@ __all__ = [
     'declare_sharing',
     'found_groups',
     'share_scales',
+    'undeclared_groups',
 ]
 
 
@@ -218,12 +219,12 @@ def check_sharing(model: nn.Module, forward: Callable[[], Any]) -> Sharing:
 def share_scales(model: nn.Module, groups: Sequence[Sequence[str]]) -> List[List[str]]:
     """Gives units that have to have one scale one quantizer, which has seen what all of theirs saw.
 
-    To be called between a pass that takes statistics and the choice of ranges, and undone by the next recipe
-    that is applied. Units of a group that are to be quantized differently, or whose range is that of the
-    current tensor, keep quantizers of their own.
+    To be called between a pass that takes statistics and the choice of ranges, or before a checkpoint is
+    loaded, and undone by the next recipe that is applied. Units of a group that are to be quantized
+    differently, or whose range is that of the current tensor, keep quantizers of their own.
 
     Args:
-        model: Whose activation quantizers hold statistics.
+        model: Configured.
         groups: Names of units.
 
     Returns:
@@ -253,6 +254,18 @@ def share_scales(model: nn.Module, groups: Sequence[Sequence[str]]) -> List[List
                     unit.input_quantizer = first
                 holders[id(first)] += holders[id(other)]
     return out
+
+
+def undeclared_groups(model: nn.Module) -> List[List[str]]:
+    """Names of the units that have one quantizer because calibration found that they need one."""
+    holders: Dict[int, List[str]] = {}
+    for name, unit in units(model):
+        if unit.input_quantizer is not None:
+            holders.setdefault(id(unit.input_quantizer), []).append(name)
+    named = dict(units(model))
+    return [
+        n for n in holders.values() if len(n) > 1 and len({id(named[name].input_group) for name in n}) > 1
+    ]
 
 
 def _smooths(unit: QuantUnit) -> bool:
