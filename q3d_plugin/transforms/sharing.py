@@ -258,14 +258,12 @@ def share_scales(model: nn.Module, groups: Sequence[Sequence[str]]) -> List[List
 
 def undeclared_groups(model: nn.Module) -> List[List[str]]:
     """Names of the units that have one quantizer because calibration found that they need one."""
-    holders: Dict[int, List[str]] = {}
+    names: Dict[int, List[str]] = {}
+    declared: Dict[int, Set[int]] = {}
     for name, unit in units(model):
-        if unit.input_quantizer is not None:
-            holders.setdefault(id(unit.input_quantizer), []).append(name)
-    named = dict(units(model))
-    return [
-        n for n in holders.values() if len(n) > 1 and len({id(named[name].input_group) for name in n}) > 1
-    ]
+        names.setdefault(id(unit.input_quantizer), []).append(name)
+        declared.setdefault(id(unit.input_quantizer), set()).add(id(unit.input_group or unit))
+    return [names[key] for key in names if key != id(None) and len(declared[key]) > 1]
 
 
 def _smooths(unit: QuantUnit) -> bool:

@@ -1,4 +1,4 @@
-"""A frame with cameras through the test pipeline of the unmodified BEVFusion: set MMDET3D_ROOT to a checkout."""
+"""A frame with cameras through the pipeline of the unmodified BEVFusion: set MMDET3D_ROOT to a checkout."""
 
 import os
 
