@@ -13,6 +13,8 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 from torch import Tensor, nn
 
+from q3d_plugin.errors import Q3DError
+from q3d_plugin.frame import Frame
 from q3d_plugin.raw_outputs import raw_outputs
 from q3d_plugin.recipe import Recipe
 
@@ -115,6 +117,43 @@ class Adapter(ABC):
             model: Of :meth:`build`.
             points: (N, C) float32: x, y, z in metres, then what the config's data set has.
         """
+
+    @abstractmethod
+    def reads_images(self, cfg: Any) -> bool:
+        """Whether the model of a config reads the images of cameras."""
+
+    @abstractmethod
+    def camera_batch(self, cfg: Any, model: nn.Module, frame: Frame) -> Any:
+        """A batch of one frame with points and images, by the config's own steps for testing; not prepared.
+
+        Args:
+            cfg: The config; its model reads images.
+            model: Its model.
+            frame: With cameras.
+
+        Raises:
+            Q3DError: The config reads images in another way than those of several cameras around a vehicle.
+        """
+
+    def frame_batch(self, cfg: Any, model: nn.Module, frame: Frame) -> Any:
+        """A batch for :meth:`run` of one frame with every sensor that the config's model reads.
+
+        Args:
+            cfg: The config.
+            model: Its model.
+            frame: A recorded or a generated one.
+
+        Raises:
+            Q3DError: The model reads images, and the frame has none.
+        """
+        if not self.reads_images(cfg):
+            return self.points_batch(model, frame.points)
+        if not frame.cameras:
+            raise Q3DError(
+                f'frame {str(frame.lidar)!r} has points alone, and the model of the config reads images, '
+                'too; a folder with one LiDAR file, the images and an info file would work'
+            )
+        return self.prepare(model, self.camera_batch(cfg, model, frame))
 
     @abstractmethod
     def synthetic_batch(self, cfg: Any, model: nn.Module) -> Any:

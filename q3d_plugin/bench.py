@@ -21,6 +21,7 @@ from tqdm import tqdm
 from q3d_plugin import lifecycle
 from q3d_plugin.adapter import Adapter
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.frame import Frame
 from q3d_plugin.raw_outputs import raw_outputs
 from q3d_plugin.recipe import Recipe
 
@@ -51,6 +52,7 @@ class Bench(ABC):
     Attributes:
         framework: ``'mmdet3d'`` or ``'openpcdet'``.
         adapter: That framework's.
+        cfg: The config, as the adapter reads it.
         model: The detector in eval mode, on its device.
         recipe: The config's recipe, which the model has the quantizers of.
         recipe_path: Where the recipe stands in the config, for messages.
@@ -64,6 +66,7 @@ class Bench(ABC):
     framework = ''
     recipe_path = 'recipe'
     adapter: Adapter
+    cfg: Any
     model: nn.Module
     recipe: Recipe
     classes: Tuple[str, ...]
@@ -72,10 +75,16 @@ class Bench(ABC):
     quantized: bool
     logger: logging.Logger
     _raw_outputs: Optional[Callable] = None
+    _frame: Any = None
 
     @abstractmethod
+    def frames_of_split(self, split: str, count: int, seed: int = 0) -> Frames:
+        """As :meth:`frames`, from the data set of the config."""
+
     def frames(self, split: str, count: int, seed: int = 0) -> Frames:
         """Frames of a split, prepared as for testing, one a batch, ready for :meth:`forward`.
+
+        Where a frame was given by :meth:`use_frame`, it is that one alone.
 
         Args:
             split: ``'train'``, ``'val'`` or ``'test'``.
@@ -85,6 +94,20 @@ class Bench(ABC):
         Raises:
             Q3DError: There is no such split, or it is empty.
         """
+        if self._frame is not None:
+            return Frames([self._frame])
+        return self.frames_of_split(split, count, seed)
+
+    def use_frame(self, frame: Frame) -> None:
+        """Gives a frame that is used from now on in place of those of the data set.
+
+        Args:
+            frame: With every sensor that the model reads.
+
+        Raises:
+            Q3DError: A sensor is missing.
+        """
+        self._frame = self.adapter.frame_batch(self.cfg, self.model, frame)
 
     @abstractmethod
     def evaluate(self, folder: Optional[Path] = None) -> Dict[str, Any]:

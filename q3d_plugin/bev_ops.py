@@ -78,7 +78,14 @@ def bev_pool_backward(
     """Gradient (N, C) of :func:`bev_pool_forward` for its features: every row gets that of its cell.
 
     Args:
-        gradient: Of the output, (B, D, H, W, C); the other arguments as there.
+        gradient: Of the output, (B, D, H, W, C).
+        coordinates: As in the forward pass, like everything that follows.
+        lengths: Not needed here.
+        starts: Not needed here.
+        batch: Number of frames B.
+        depth: Number of cells D along z.
+        height: Number of cells H along x.
+        width: Number of cells W along y.
     """
     cells = _cells(coordinates, int(depth), int(height), int(width))
     return gradient.reshape(-1, gradient.shape[-1]).index_select(0, cells)

@@ -136,12 +136,14 @@ def _prepare_mmdet3d(name: str, argv: list, config: Path) -> Tuple[Path, list]:
     script = find_script(name)
     try:
         # Registers the Quant types too.
+        from q3d_plugin.mmdet3d.projects import import_for
         from q3d_plugin.mmdet3d.work_dir import work_dir_of
     except ImportError as error:
         raise Q3DError(
             f'this needs MMDetection3D, which does not import here: {error}{extras.hint(error)}'
         ) from error
     check_writable(work_dir_of(argv, config))
+    import_for(config)
     return script, argv
 
 

@@ -34,6 +34,14 @@ def flatten_tensors(value: Any, prefix: str = '') -> Dict[str, Tensor]:
     return out
 
 
+def _labels_of(head: nn.Module, outputs: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """The classes of the proposals of a head that keeps them in itself, beside the scores."""
+    labels, scores = getattr(head, 'query_labels', None), 'query_heatmap_score'
+    if not isinstance(labels, Tensor):
+        return {}
+    return {f'{name[: -len(scores)]}query_labels': labels for name in outputs if name.endswith(scores)}
+
+
 class _Captured(BaseException):
     """Ends a forward pass where the raw outputs are known. Not an Exception: nothing on the way keeps it."""
 
@@ -53,28 +61,30 @@ def raw_outputs(heads: Sequence[nn.Module], methods: Sequence[str], run: Callabl
         run: The forward pass.
 
     Returns:
-        dict: Tensors by their dotted place in the arguments of the decoding.
+        dict: Tensors by their dotted place in the arguments of the decoding. Of a head that chooses
+        proposals, as TransFusionHead does, also their classes: integers (B, P), under ``query_labels``.
 
     Raises:
         Q3DError: The pass ended without any of those methods.
     """
     changed: List[Tuple[nn.Module, str]] = []
 
-    def capture_of(decode: Callable) -> Callable:
+    def capture_of(head: nn.Module, decode: Callable) -> Callable:
         signature = inspect.signature(decode)
 
         def capture(*args, **kwargs):
             given = signature.bind(*args, **kwargs).arguments
             found = [tensors for tensors in map(flatten_tensors, given.values()) if tensors]
             # Where one argument holds everything, its name says nothing.
-            raise _Captured(found[0] if len(found) == 1 else flatten_tensors(dict(given)))
+            outputs = found[0] if len(found) == 1 else flatten_tensors(dict(given))
+            raise _Captured({**outputs, **_labels_of(head, outputs)})
 
         return capture
 
     for head in heads:
         for method in methods:
             if hasattr(head, method):
-                head.__dict__[method] = capture_of(getattr(head, method))
+                head.__dict__[method] = capture_of(head, getattr(head, method))
                 changed.append((head, method))
     try:
         run()

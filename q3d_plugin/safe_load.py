@@ -7,11 +7,13 @@ file is read by an unpickler that finds nothing but what is trusted.
 
 import pickle
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Dict, Tuple
 
+import numpy as np
 import torch
 
-__all__ = ['load', 'trust']
+__all__ = ['load', 'load_plain', 'trust']
 
 _TENSORS = {
     '_codecs': ('encode',),
@@ -20,6 +22,14 @@ _TENSORS = {
     'torch._utils': ('_rebuild_parameter', '_rebuild_tensor', '_rebuild_tensor_v2'),
 }
 """What the pickles of tensors and their containers name, by module."""
+
+_NUMPY = {
+    'numpy': ('dtype', 'ndarray'),
+    'numpy.core.multiarray': ('_reconstruct', 'scalar'),
+    'numpy._core.multiarray': ('_reconstruct', 'scalar'),
+    '_codecs': ('encode',),
+}
+"""What the pickles of NumPy's numbers and arrays name, by module."""
 
 _trusted: Dict[Tuple[str, str], Any] = {}
 
@@ -50,6 +60,19 @@ def load(path: str) -> Any:
     return torch.load(path, map_location='cpu', weights_only=False, pickle_module=_TrustingPickle)
 
 
+def load_plain(path: Path) -> Any:
+    """Reads a pickle of plain data and of NumPy's numbers and arrays, such as an info file of a data set.
+
+    Args:
+        path: The file.
+
+    Raises:
+        pickle.UnpicklingError: It names anything else.
+    """
+    with open(path, 'rb') as file:
+        return _PlainUnpickler(file).load()
+
+
 def _torch_can_trust() -> bool:
     return hasattr(torch.serialization, 'add_safe_globals')
 
@@ -61,6 +84,15 @@ class _Unpickler(pickle.Unpickler):
         if name in _TENSORS.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f'Unsupported global: {module}.{name} is not trusted')
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _NUMPY.get(module, ()):
+            raise pickle.UnpicklingError(f'Unsupported global: {module}.{name} is not plain data')
+        # Both names of the module are the same; each version of NumPy knows one of them without a warning.
+        known = 'numpy._core.multiarray' if hasattr(np, '_core') else 'numpy.core.multiarray'
+        return super().find_class(known if module.endswith('core.multiarray') else module, name)
 
 
 class _TrustingPickle:

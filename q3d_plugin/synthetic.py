@@ -1,10 +1,12 @@
 """Frames that are generated for models that only have to run: no detector finds anything in them."""
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ['POINTS', 'synthetic_points']
+__all__ = ['POINTS', 'Ring', 'camera_ring', 'synthetic_points']
 
 POINTS = 32_000
 """Number of points of an outdoor frame."""
@@ -31,3 +33,44 @@ def synthetic_points(area: Sequence[float], channels: int, count: int) -> np.nda
     spread = centres[chosen] + rng.normal(0, 0.01, (count, 3)) * np.array([1, 1, 5])
     points[:, :3] = np.where(clustered[:, None], spread, points[:, :3]).clip(0.001, 0.999) * size + low
     return points.astype(np.float32)
+
+
+class Ring(NamedTuple):
+    """The matrices of cameras that look around from where the LiDAR is.
+
+    Attributes:
+        intrinsics: (N, 4, 4), from a camera's frame to its pixels.
+        lidar2cam: (N, 4, 4), from the LiDAR's frame (x ahead, y left, z up) to a camera's (x right, y down, z
+            ahead).
+        cam2lidar: (N, 4, 4), the way back.
+        lidar2img: (N, 4, 4), from the LiDAR's frame to pixels.
+    """
+
+    intrinsics: np.ndarray
+    lidar2cam: np.ndarray
+    cam2lidar: np.ndarray
+    lidar2img: np.ndarray
+
+
+def camera_ring(size: Sequence[int], count: int = 6) -> Ring:
+    """Cameras at equal angles, the first one looking ahead, each of which sees a quarter of the surroundings.
+
+    Args:
+        size: Height and width of the images, pixels.
+        count: Number of cameras.
+
+    Returns:
+        Ring: Matrices in float32.
+    """
+    height, width = size
+    intrinsic = np.array(
+        [[width / 2, 0, width / 2, 0], [0, width / 2, height / 2, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    )
+    lidar2cam = np.empty((count, 4, 4))
+    for i in range(count):
+        cos, sin = math.cos(2 * math.pi * i / count), math.sin(2 * math.pi * i / count)
+        lidar2cam[i] = [[sin, -cos, 0, 0], [0, 0, -1, 0], [cos, sin, 0, 0], [0, 0, 0, 1]]
+    matrices = (
+        np.broadcast_to(intrinsic, (count, 4, 4)), lidar2cam, np.linalg.inv(lidar2cam), intrinsic @ lidar2cam
+    )  # fmt: skip
+    return Ring(*(m.astype(np.float32) for m in matrices))

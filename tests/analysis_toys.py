@@ -150,7 +150,7 @@ class ToyBench(Bench):
         lifecycle.configure(self.model, self.recipe)
         self.keep_float_state()
 
-    def frames(self, split, count, seed=0):
+    def frames_of_split(self, split, count, seed=0):
         generator = torch.Generator().manual_seed(seed + (split == 'val'))
         return Frames([torch.randn(1, 3, 16, 16, generator=generator).abs_() for _ in range(count)])
 

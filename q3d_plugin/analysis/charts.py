@@ -7,11 +7,29 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from q3d_plugin.errors import Q3DError
 
-__all__ = ['figure', 'heat_map', 'metric_curve', 'png', 'sensitivity_chart', 'skip_curve']
+__all__ = ['figure', 'heat_map', 'metric_curve', 'panels', 'png', 'sensitivity_chart', 'skip_curve']
 
 
 def figure(width: float, height: float):
     """A figure with one pair of axes, drawn without a display.
+
+    Raises:
+        Q3DError: There is no matplotlib.
+    """
+    made, (axes,) = panels(width, height)
+    return made, axes
+
+
+def panels(width: float, height: float, widths: Sequence[float] = (1.0,)):
+    """A figure with several pairs of axes side by side, drawn without a display.
+
+    Args:
+        width: Inches.
+        height: Inches.
+        widths: Of the axes, in proportion.
+
+    Returns:
+        tuple: The figure, and a list of its axes.
 
     Raises:
         Q3DError: There is no matplotlib.
@@ -23,13 +41,15 @@ def figure(width: float, height: float):
         raise Q3DError(f'pictures need matplotlib: pip install matplotlib ({error})') from error
     made = Figure(figsize=(width, height), layout='constrained')
     FigureCanvasAgg(made)
-    return made, made.subplots()
+    drawn = made.subplots(1, len(widths), squeeze=False, gridspec_kw={'width_ratios': list(widths)})
+    return made, list(drawn[0])
 
 
 def png(made, dpi: int = 110) -> bytes:
     """A figure as the content of a PNG file."""
     out = io.BytesIO()
-    made.savefig(out, format='png', dpi=dpi)
+    # Axes of equal scale may stick out of a layout that knows their place before their shape.
+    made.savefig(out, format='png', dpi=dpi, bbox_inches='tight')
     return out.getvalue()
 
 

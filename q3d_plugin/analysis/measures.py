@@ -8,6 +8,8 @@ from typing import Dict, Optional
 import torch
 from torch import Tensor
 
+from q3d_plugin.analysis.proposals import align
+
 __all__ = ['ErrorSums', 'OutputError']
 
 
@@ -113,7 +115,8 @@ class OutputError:
     """How far a detector's raw outputs are from those of the float model: one :class:`ErrorSums` a tensor.
 
     The heads of a detector regress metres, logarithms and logits, so a sum over all of them would be that of
-    the largest. The measures are means over the tensors instead.
+    the largest. The measures are means over the tensors instead. Of a head that chooses proposals,
+    :mod:`q3d_plugin.analysis.proposals` says what is compared.
     """
 
     def __init__(self) -> None:
@@ -126,6 +129,7 @@ class OutputError:
             reference: Of the float model, by name.
             outputs: Of the quantized model, the same names.
         """
+        reference, outputs = align(reference, outputs)
         for name, tensor in reference.items():
             sums = self.tensors.setdefault(name, ErrorSums())
             if outputs[name] is not tensor:

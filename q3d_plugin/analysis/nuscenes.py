@@ -1,4 +1,4 @@
-"""A run's detections by way of the nuScenes devkit: AP by distance, and a frame seen from above."""
+"""A run's detections by way of the nuScenes devkit, and their AP by distance."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,10 +6,9 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
-from q3d_plugin.analysis import charts
 from q3d_plugin.errors import Q3DError
 
-__all__ = ['RINGS', 'Detections', 'ap_by_distance', 'frame_from_above']
+__all__ = ['RINGS', 'Detections', 'ap_by_distance']
 
 RINGS = ((0.0, 20.0), (20.0, 40.0), (40.0, float('inf')))
 """Distances from the vehicle in metres: from, up to."""
@@ -23,12 +22,13 @@ class Detections:
         results: ``results_nusc.json``.
         data_root: Folder of the data set.
         version: ``'v1.0-mini'`` or ``'v1.0-trainval'``.
+        nusc: The data set, where the devkit has read it already.
 
     Raises:
         Q3DError: The devkit is missing, or the files do not go together.
     """
 
-    def __init__(self, results: Path, data_root: str, version: str) -> None:
+    def __init__(self, results: Path, data_root: str, version: str, nusc: Any = None) -> None:
         try:
             from nuscenes import NuScenes
             from nuscenes.eval.common.loaders import (
@@ -47,7 +47,7 @@ class Detections:
             raise Q3DError(f'data set {data_root!r} has no folder {version}; name it by --data-root')
         self.config = config_factory('detection_cvpr_2019')
         try:
-            self.nusc = NuScenes(version=version, dataroot=str(data_root), verbose=False)
+            self.nusc = nusc or NuScenes(version=version, dataroot=str(data_root), verbose=False)
             limit = self.config.max_boxes_per_sample
             predicted, _ = load_prediction(str(results), limit, DetectionBox, verbose=False)
             truth = load_gt(self.nusc, _SETS[version], DetectionBox, verbose=False)
@@ -108,54 +108,3 @@ def ap_by_distance(
     known = [[v[i] for v in out.values() if v[i] is not None] for i in range(len(rings))]
     out['mean'] = [float(np.mean(values)) if values else None for values in known]
     return out
-
-
-def _corners(box: Any, position: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """The outline of a global box on the ground, in the frame of the sensor: (5, 2), closed."""
-    from pyquaternion import Quaternion
-
-    width, length = box.size[0], box.size[1]
-    local = np.array([[1, 1], [1, -1], [-1, -1], [-1, 1], [1, 1]]) * [length / 2, width / 2]
-    local = np.concatenate([local, np.zeros((5, 1))], 1)
-    placed = local @ Quaternion(box.rotation).rotation_matrix.T + np.array(box.translation)
-    return ((placed - position) @ rotation)[:, :2]
-
-
-def frame_from_above(detections: Detections, score: float = 0.3) -> Tuple[bytes, str]:
-    """The frame with the most ground truth: points, true boxes and detected ones.
-
-    Args:
-        detections: Of a run.
-        score: Detections below it are not drawn.
-
-    Returns:
-        tuple: PNG, and a line of text about it.
-    """
-    from nuscenes.utils.data_classes import LidarPointCloud
-    from pyquaternion import Quaternion
-
-    nusc, truth = detections.nusc, detections.truth
-    token = max(truth.sample_tokens, key=lambda t: len(truth[t]))
-    data = nusc.get('sample_data', nusc.get('sample', token)['data']['LIDAR_TOP'])
-    sensor = nusc.get('calibrated_sensor', data['calibrated_sensor_token'])
-    pose = nusc.get('ego_pose', data['ego_pose_token'])
-    vehicle = Quaternion(pose['rotation']).rotation_matrix
-    rotation = vehicle @ Quaternion(sensor['rotation']).rotation_matrix
-    position = vehicle @ np.array(sensor['translation']) + np.array(pose['translation'])
-    points = LidarPointCloud.from_file(str(Path(nusc.dataroot) / data['filename'])).points[:2]
-    made, axes = charts.figure(8, 8)
-    axes.scatter(points[0], points[1], s=0.4, c='#999999', linewidths=0)
-    for box in truth[token]:
-        axes.plot(*_corners(box, position, rotation).T, color='#1a9850', linewidth=1.6)
-    shown = [b for b in detections.predicted[token] if b.detection_score >= score]
-    for box in shown:
-        axes.plot(*_corners(box, position, rotation).T, color='#d73027', linewidth=1.0, linestyle='--')
-    axes.plot([], [], color='#1a9850', label=f'ground truth ({len(truth[token])})')
-    axes.plot([], [], color='#d73027', linestyle='--', label=f'detected, score from {score} ({len(shown)})')
-    axes.legend(loc='upper right', fontsize=8)
-    axes.set_xlim(-52, 52)
-    axes.set_ylim(-52, 52)
-    axes.set_aspect('equal')
-    axes.set_xlabel('x of the LiDAR, m')
-    axes.set_ylabel('y of the LiDAR, m')
-    return charts.png(made, dpi=90), f'sample {token}, {points.shape[1]} points'

@@ -1,13 +1,16 @@
 """Forward passes that compute again only what depends on a changed layer.
 
 A pass is recorded once: what every module was given, and what it returned. In a replay a module returns
-what it returned before where it is given the very same tensors and nothing below it has changed. So a changed
+what it returned before where it is given the same tensors and nothing below it has changed. So a changed
 layer of one branch of a head costs that branch, and one of the neck costs neck and head.
+
+What else a module does is done again, too: entries that it changes in dictionaries, tensors that it keeps in
+itself, and what it writes into tensors that it is given.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Dict, List, Set
+from typing import Any, Dict, List, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -45,19 +48,41 @@ def _same(a: List, b: List) -> bool:
             if version != other:
                 return False
         elif isinstance(x, Tensor) and isinstance(y, Tensor):
-            # Detectors make batch sizes and indices of voxels anew in each pass.
-            if x.is_floating_point() or x.shape != y.shape or x.dtype != y.dtype or not torch.equal(x, y):
+            # Detectors make voxels, their indices and the matrices of cameras anew in each pass. What differs
+            # mostly differs at once, so that comparing costs little.
+            if x._version != version or x.shape != y.shape or x.dtype != y.dtype or not torch.equal(x, y):
                 return False
         elif not (isinstance(x, (str, int, float, bool)) and type(x) is type(y) and x == y):
             return False
     return True
 
 
-class _Entry:
-    """One call of a module: what came in, what went out, and what was changed in dictionaries on the way."""
+def _written(parts: List) -> List[Tuple[int, Tensor]]:
+    """Place and value of every tensor among ``parts`` that was written into since they were noted."""
+    return [(i, x) for i, (x, version) in enumerate(parts) if version is not None and x._version != version]
 
-    def __init__(self, given: List, args: tuple, before: List[Dict], output: Any) -> None:
-        self.given = given
+
+def _copied(parts: List) -> List:
+    """``parts`` with copies of the tensors, which nobody writes into."""
+    return [(x, v) if v is None else ((c := x.clone()), c._version) for x, v in parts]
+
+
+class _Entry:
+    """One call of a module: what came in, what went out, and what was changed on the way.
+
+    Args:
+        given: The parts of its arguments before the call.
+        args: Its arguments after the call.
+        before: Copies of those of them that are dictionaries, from before the call.
+        output: What it returned.
+        written: Place among the parts, and new value, of tensors that it wrote into.
+        kept: Modules, names and values of tensors that it and those below it began to keep in themselves.
+    """
+
+    def __init__(
+        self, given: List, args: tuple, before: List[Dict], output: Any, written: List, kept: List
+    ) -> None:
+        self.given, self.written, self.kept = given, written, kept
         self.changes = []
         for arg, old in zip(args, before):
             if old is not None:
@@ -73,8 +98,12 @@ class _Entry:
         """Whether nothing has written into the recorded tensors since."""
         return all(version is None or value._version == version for value, version in self.state)
 
-    def apply(self, args: tuple) -> Any:
-        """Does to ``args`` what the call did, and returns what it returned."""
+    def apply(self, args: tuple, given: List) -> Any:
+        """Does to ``args``, whose parts are ``given``, what the call did, and returns what it returned."""
+        for place, value in self.written:
+            given[place][0].copy_(value)
+        for module, name, value in self.kept:
+            setattr(module, name, value)
         for arg, change in zip(args, self.changes):
             if change is not None:
                 arg.update(change[0])
@@ -103,6 +132,8 @@ class Replay:
         self._entries: Dict[str, List[_Entry]] = {}
         self._recording = False
         self._stale: Set[str] = set()
+        self._writers: Set[str] = set()
+        self._kept: List[Tuple[nn.Module, str, Tensor]] = []
 
     @contextmanager
     def installed(self) -> Iterator['Replay']:
@@ -133,11 +164,16 @@ class Replay:
 
     def record(self, batch: Any) -> Any:
         """Runs the model and remembers everything; what was recorded before is forgotten."""
-        self._entries, self._recording, self._stale = {}, True, set()
-        try:
-            return self.forward(batch)
-        finally:
-            self._recording = False
+        while True:
+            known = len(self._writers)
+            self._entries, self._recording, self._stale, self._kept = {}, True, set(), []
+            try:
+                outputs = self.forward(batch)
+            finally:
+                self._recording = False
+            if len(self._writers) == known:
+                return outputs
+            # A module was found that writes into what it is given: once more, with copies of that.
 
     def replay(self, batch: Any, changed: Iterable[str]) -> Any:
         """Runs the model on the batch of the last :meth:`record`.
@@ -162,13 +198,22 @@ class Replay:
                 if name not in self._stale:
                     for entry in self._entries.get(name, ()):
                         if _same(entry.given, given) and entry.intact():
-                            return entry.apply(args)
+                            return entry.apply(args, given)
                 if isinstance(module, QuantUnit):
                     self.computed.append(name)
                 return forward(module, *args, **kwargs)
             before = [dict(arg) if isinstance(arg, dict) else None for arg in args]
+            own, first = dict(module.__dict__), len(self._kept)
+            noted = _copied(given) if name in self._writers else given
             output = forward(module, *args, **kwargs)
-            self._entries.setdefault(name, []).append(_Entry(given, args, before, output))
+            written = [(i, x.clone()) for i, x in _written(given)]
+            if written and noted is given:
+                self._writers.add(name)
+            for key, value in module.__dict__.items():
+                if isinstance(value, Tensor) and own.get(key) is not value:
+                    self._kept.append((module, key, value))
+            entry = _Entry(noted, args, before, output, written, self._kept[first:])
+            self._entries.setdefault(name, []).append(entry)
             return output
 
         return watched

@@ -5,10 +5,11 @@ import html
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 from q3d_plugin.analysis import charts
-from q3d_plugin.analysis.nuscenes import RINGS, Detections, ap_by_distance, frame_from_above
+from q3d_plugin.analysis.nuscenes import RINGS, Detections, ap_by_distance
+from q3d_plugin.analysis.picture import frame_picture
 from q3d_plugin.analysis.run_files import Run, target_of
 from q3d_plugin.analysis.sweep import pictures
 from q3d_plugin.errors import Q3DError
@@ -189,6 +190,18 @@ def _sweep(run: Run) -> str:
     return out + _table(['recipe', 'target', *measures], rows, len(measures))
 
 
+def _float_detections(
+    run: Run, found: Detections, data_root: str, version: str
+) -> Tuple[Optional[Detections], str]:
+    """The detections of the float model, and what is to be said where there are none."""
+    if run.float_results is None:
+        return None, ' Boxes of the float model are drawn where --float names its run.'
+    try:
+        return Detections(run.float_results, data_root, version, found.nusc), ''
+    except Q3DError as error:
+        return None, html.escape(f' No boxes of the float model: {error}')
+
+
 def _from_detections(run: Run, data_root: Optional[str], version: Optional[str]) -> Dict[str, str]:
     """The sections that need detections and ground truth."""
     facts = run.run or {}
@@ -200,18 +213,19 @@ def _from_detections(run: Run, data_root: Optional[str], version: Optional[str])
         try:
             found = Detections(run.results, data_root, version)
             distances = ap_by_distance(found)
-            picture, words = frame_from_above(found)
+            reference, note = _float_detections(run, found, data_root, version)
+            picture, words = frame_picture(found, reference)
         except Q3DError as error:
             reason = str(error)
         else:
             header = ['class', *(f'{a:g}–{b:g} m' if b < 1e9 else f'{a:g}+ m' for a, b in RINGS)]
             table = _table(header, [[n, *v] for n, v in distances.items()], len(RINGS))
-            note = (
+            ranges = (
                 '<p>– : no ground truth there (the devkit evaluates each class up to a range of its own).</p>'
             )
             return {
-                'distance': table + note,
-                'frame': f'<p>{words}</p>' + _image(picture, 'frame from above'),
+                'distance': table + ranges,
+                'frame': f'<p>{words}{note}</p>' + _image(picture, 'camera image and view from above'),
             }
     return {'distance': _missing(reason), 'frame': _missing(reason)}
 
@@ -229,7 +243,7 @@ def build(run: Run, data_root: Optional[str] = None, version: Optional[str] = No
         'Results': lambda: _results(run),
         'AP by class': lambda: _per_class(run),
         'AP by distance': lambda: more['distance'],
-        'A frame from above': lambda: more['frame'],
+        'A frame': lambda: more['frame'],
         'Recipe': lambda: _recipe(run),
         'Coverage': lambda: _coverage(run),
         'Sensitivity': lambda: _sensitivity(run),

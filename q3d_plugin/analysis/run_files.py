@@ -26,6 +26,7 @@ class Run:
         metrics: mAP, NDS and AP by class, as :func:`q3d_plugin.metrics.summarize` gives them.
         float_metrics: The same of the float model.
         results: Path of ``results_nusc.json``.
+        float_results: The same of the run of the float model.
         no_results: Why there is no such path; empty where there is one.
         sensitivity: ``sensitivity.json``.
         sweep: ``sweep.json``.
@@ -39,6 +40,7 @@ class Run:
         self.metrics: Optional[Dict[str, Any]] = None
         self.float_metrics: Optional[Dict[str, Any]] = None
         self.results: Optional[Path] = None
+        self.float_results: Optional[Path] = None
         self.no_results = ''
         self.sensitivity: Optional[Dict[str, Any]] = None
         self.sweep: Optional[Dict[str, Any]] = None
@@ -150,7 +152,9 @@ def find_run(
     out.results, out.no_results = _results(folder, out.run)
     out.metrics = _metrics(folder, out.run)
     if float_run is not None:
-        out.float_metrics = _metrics(float_run, _read(float_run, 'run.json'))
+        record = _read(float_run, 'run.json')
+        out.float_metrics = _metrics(float_run, record)
+        out.float_results, _ = _results(float_run, record)
     elif out.sweep and (out.sweep.get('float') or {}).get('mAP') is not None:
         out.float_metrics = out.sweep['float']
     return out

@@ -1,70 +1,60 @@
-"""The frame that is measured on: a recorded one, or one of the toy nuScenes."""
+"""A frame of the toy nuScenes, for measurements without a recorded one."""
 
 from pathlib import Path
 
 import numpy as np
 
-from q3d_plugin.errors import Q3DError
+from q3d_plugin.frame import Camera, Frame, square
 
-__all__ = ['POINTS', 'generated_frame', 'read_frame']
+__all__ = ['POINTS', 'generated_frame']
 
 POINTS = 34_688
 """A keyframe of nuScenes has about as many."""
 
 
-def read_frame(path: str) -> np.ndarray:
-    """The points of a LiDAR file of nuScenes.
-
-    Args:
-        path: File of float32 ``x y z intensity ring``.
-
-    Returns:
-        np.ndarray: (N, 5) with the time lag 0 in place of the ring, as the frameworks' pipelines feed a
-        keyframe.
-
-    Raises:
-        Q3DError: The file is missing or is no such file.
-    """
-    if not Path(path).is_file():
-        raise Q3DError(f'frame {path!r} is not a file')
-    size = Path(path).stat().st_size
-    if size == 0 or size % 20:
-        raise Q3DError(
-            f'frame {path!r} has {size} bytes, which is not a whole number of points of 5 float32 '
-            '(x y z intensity ring)'
-        )
-    points = np.fromfile(path, dtype=np.float32).reshape(-1, 5)
-    if not np.isfinite(points).all():
-        raise Q3DError(f'frame {path!r} holds NaN or Inf: its points have to be float32 x y z intensity ring')
-    points[:, 4] = 0
-    return points
-
-
-def generated_frame(count: int = POINTS, seed: int = 0) -> np.ndarray:
-    """Points of a scene of the toy nuScenes.
+def generated_frame(folder: Path, count: int = POINTS, seed: int = 0) -> Frame:
+    """The points and the six camera images of a scene of the toy nuScenes.
 
     Its sweeps are thinner than those of nuScenes, so that several of the same instant are merged: that comes
     near the number of points and of voxels of a real keyframe. (Sweeps of several instants have half as many
-    voxels again.)
+    voxels again.) The cameras are mounted and focused as those of nuScenes.
 
     Args:
+        folder: Where the files are written.
         count: Number of points.
         seed: Of scene and noise.
-
-    Returns:
-        np.ndarray: (count, 5) float32 x, y, z, intensity, time lag 0.
     """
-    from q3d_plugin.toy_nuscenes import geometry, lidar, placement
+    from q3d_plugin.toy_nuscenes import camera, generate, geometry, lidar, placement
 
     rng = np.random.default_rng(seed)
     scene = placement.make_scene(rng, np.zeros(2), 1)
     ground = np.array([scene.ground[0] - scene.ground[1:] @ scene.origin, *scene.ground[1:]])
-    position, vehicle = scene.ego_pose(0.0)
-    position, rotation = position + vehicle @ np.array([0.94, 0.0, 1.84]), geometry.rotation_z(-np.pi / 2)
+    start, vehicle = scene.ego_pose(0.0)
+    mounted = np.array([0.94, 0.0, 1.84])
+    position, rotation = start + vehicle @ mounted, vehicle @ geometry.rotation_z(-np.pi / 2)
     solids, sweeps = scene.solids(0.0), []
     while sum(map(len, sweeps)) < count:
-        sweep = lidar.cast(solids, len(scene.instances), ground, position, vehicle @ rotation, rng)
+        sweep = lidar.cast(solids, len(scene.instances), ground, position, rotation, rng)
         sweeps.append(sweep.points)
     points = np.concatenate(sweeps).astype(np.float32)
     points[:, 4] = 0
-    return points[np.sort(rng.permutation(len(points))[:count])]
+    points = points[np.sort(rng.permutation(len(points))[:count])]
+    file = folder / 'frame.pcd.bin'
+    file.write_bytes(points.tobytes())
+
+    mounts, cameras = generate.calibrate(np.random.default_rng(seed)), []
+    normal = np.array([-scene.ground[1], -scene.ground[2], 1.0])
+    for name in camera.RIG:
+        mount, image = mounts[name], folder / f'{name}.jpg'
+        there, turned = start + vehicle @ np.array(mount.translation), vehicle @ mount.rotation
+        intrinsic = np.array(mount.intrinsic)
+        along = float(scene.ego.travelled(np.array(0.0)))
+        drawn = camera.render(
+            solids, scene.road, along, normal / np.linalg.norm(normal), scene.ground_height, turned, there,
+            intrinsic,
+        )  # fmt: skip
+        image.write_bytes(camera.encode(drawn))
+        from_lidar = square(turned.T @ rotation)
+        from_lidar[:3, 3] = turned.T @ (position - there)
+        cameras.append(Camera(name, image, intrinsic, from_lidar))
+    return Frame(points, file, tuple(cameras))

@@ -15,8 +15,8 @@ from q3d_plugin.recipe import CALIBRATORS
 __all__ = ['NOTES', 'measure', 'steps']
 
 NOTES = (
-    'Timed is the forward pass from voxels to the maps of the head; voxelization, box decoding and NMS are '
-    'outside.',
+    'Timed is the forward pass from voxels to the raw outputs of the head; voxelization (but for BEVFusion '
+    'of MMDetection3D, which does it in its forward pass), box decoding and NMS are outside.',
     'Ratios are medians of the ratios within a round; in each round every mode runs once, in turn.',
     "q3d's ranges take activations and weights by the named calibrator (entropy: weights by max). The peer's "
     'weights are taken by its MaxCalibrator, as its own examples do.',

@@ -4,7 +4,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Dict, List, Tuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,6 +12,7 @@ from q3d_plugin import lifecycle
 from q3d_plugin.adapter import Adapter
 from q3d_plugin.calibration import collect
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.frame import Frame
 from q3d_plugin.frameworks import adapter_of
 from q3d_plugin.layers import QuantWeightLayer
 from q3d_plugin.layers.model import switched
@@ -93,11 +93,11 @@ def weight_layers(model: nn.Module) -> List[QuantWeightLayer]:
 class Subject:
     """A float model, the quantized one with the same weights, and a frame.
 
-    A forward pass goes from voxels to the raw outputs of the head.
+    A forward pass goes from voxels to the raw outputs of the head; BEVFusion's makes the voxels itself.
 
     Args:
         path: A config with Quant types and a recipe.
-        points: (N, C) float32, a frame.
+        frame: A recorded or a generated one, with images where the model reads them.
         device: Where to measure.
 
     Attributes:
@@ -107,6 +107,7 @@ class Subject:
         recipe: Its recipe.
         device: Where the models are.
         points: Number of points of the frame.
+        images: Number of its images; 0 where the model reads none.
         inputs: The frame as a batch of the framework.
         float_model: With BatchNorm.
         float_forward: Its forward pass of a batch.
@@ -116,12 +117,13 @@ class Subject:
         activations: Those of activations.
     """
 
-    def __init__(self, path: str, points: np.ndarray, device: torch.device) -> None:
-        self.path, self.device, self.points = path, device, len(points)
+    def __init__(self, path: str, frame: Frame, device: torch.device) -> None:
+        self.path, self.device, self.points = path, device, len(frame.points)
         self.adapter, self.config, self.recipe = open_config(path)
         self.float_model = self._build(quantized=False)
         self.float_forward = self.adapter.forward_of(self.float_model)
-        self.inputs = self.adapter.points_batch(self.float_model, points)
+        self.inputs = self.adapter.frame_batch(self.config, self.float_model, frame)
+        self.images = len(frame.cameras) if self.adapter.reads_images(self.config) else 0
         if self.adapter.voxels(self.inputs) == 0:
             raise Q3DError("frame: not one point is within the config's point cloud range")
         settle_batch_norm(self.float_model, self.run_float)

@@ -13,6 +13,7 @@ from q3d_plugin.files import check_writable
 
 __all__ = [
     'add_common',
+    'add_frame',
     'as_command',
     'at_least',
     'options_of',
@@ -57,6 +58,16 @@ def add_common(parser: argparse.ArgumentParser, what: str) -> None:
         help='changes of the config, such as DATA_CONFIG.DATA_PATH=/data/nuscenes',
     )
     parser.add_argument('--threads', type=int, help="threads of the CPU (default: torch's own choice)")
+
+
+def add_frame(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument that names a frame in the place of a data set."""
+    parser.add_argument(
+        '--frame',
+        metavar='FILE|FOLDER',
+        help='the frame for calibration and measurement, in place of the data set of the config: a LiDAR '
+        'file, or a folder with that, the camera images and an info file',
+    )
 
 
 def options_of(args: argparse.Namespace) -> Dict[str, str]:

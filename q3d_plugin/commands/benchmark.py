@@ -1,6 +1,6 @@
 """Measures what quantization costs: time and memory of a model, float and quantized, side by side in one run.
 
-    q3d benchmark [PART ...] [--config CONFIG] [--frame POINTS.bin] [--out RESULT.json]
+    q3d benchmark [PART ...] [--config CONFIG] [--frame POINTS.bin|FOLDER] [--out RESULT.json]
 
 Part ptq: the statistics pass and the simulated INT8 forward against the float forward, the ranges of the
 whole model by every calibrator, and the peak memory. pytorch-quantization's own calibrators are the peer:
@@ -12,21 +12,25 @@ steps in half precision, and their memory.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import platform
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import torch
 from tqdm import tqdm
 
-from q3d_plugin.benchmark.frame import generated_frame, read_frame
+from q3d_plugin.benchmark.frame import generated_frame
 from q3d_plugin.benchmark.parts import PARTS, chosen_parts
 from q3d_plugin.benchmark.subject import Subject
 from q3d_plugin.benchmark.tables import table
 from q3d_plugin.commands._common import as_command
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import check_writable, write_json
+from q3d_plugin.frame import Frame, read_frame
 from q3d_plugin.shipped import find_shipped
 
 __all__ = ['main']
@@ -52,7 +56,11 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument(
         '--config', default=CONFIG, help='with Quant types and a recipe; .py: MMDetection3D, .yaml: OpenPCDet'
     )
-    parser.add_argument('--frame', help='float32 x y z intensity ring; a generated frame where not given')
+    parser.add_argument(
+        '--frame',
+        help='points as float32 x y z intensity ring, or a folder with points, camera images and an info '
+        'file; a generated frame where not given',
+    )
     parser.add_argument('--repeats', type=int, default=5, help='rounds that are timed')
     parser.add_argument('--out', default=OUT, help='JSON file for the table')
     parser.add_argument('--threads', type=int, help="threads of the CPU; torch's own choice where not given")
@@ -69,6 +77,20 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     return args
 
 
+@contextlib.contextmanager
+def frame_of(path: Optional[str]) -> Iterator[Frame]:
+    """The frame of a path; a generated one, whose files are there while the context lasts, where None.
+
+    Raises:
+        Q3DError: The path is of no frame.
+    """
+    if path is not None:
+        yield read_frame(path)
+        return
+    with tempfile.TemporaryDirectory(prefix='q3d-frame-') as folder:
+        yield generated_frame(Path(folder))
+
+
 def facts(subject: Subject, args: argparse.Namespace) -> Dict[str, Any]:
     """What was measured, on what, and with what, in plain data without folders of this machine."""
     device = subject.device
@@ -77,6 +99,7 @@ def facts(subject: Subject, args: argparse.Namespace) -> Dict[str, Any]:
         'recipe_target': getattr(subject.recipe, 'target', None),
         'frame': 'generated' if args.frame is None else 'recorded',
         'points': subject.points,
+        'images': subject.images,
         'voxels': subject.adapter.voxels(subject.inputs),
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu',
         'threads': torch.get_num_threads(),
@@ -92,6 +115,7 @@ def headline(meta: Dict[str, Any]) -> str:
     """The first line of the table."""
     target = f' for {meta["recipe_target"]}' if meta['recipe_target'] else ''
     voxels = '' if meta['voxels'] is None else f', {meta["voxels"]} voxels'
+    voxels += f', {meta["images"]} images' if meta['images'] else ''
     return (
         f'{meta["config"]}{target}: {meta["frame"]} frame, {meta["points"]} points{voxels}; '
         f'{meta["device"]}, {meta["threads"]} threads, {meta["rounds"]} rounds; '
@@ -114,11 +138,13 @@ def run(argv: Optional[List[str]]) -> int:
     check_writable(out.parent)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    points = generated_frame() if args.frame is None else read_frame(args.frame)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     rows = []
-    with tqdm(total=sum(part.steps(args.repeats) for part in parts), desc='benchmark') as bar:
-        subject = Subject(args.config, points, device)
+    with (
+        frame_of(args.frame) as frame,
+        tqdm(total=sum(part.steps(args.repeats) for part in parts), desc='benchmark') as bar,
+    ):
+        subject = Subject(args.config, frame, device)
         for part in parts:
             rows += part.measure(subject, args.repeats, args.entropy_tensors, bar)
     meta = facts(subject, args)

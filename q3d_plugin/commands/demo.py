@@ -1,9 +1,11 @@
 """Runs the main job on the toy nuScenes: a detector in float and in W8A8 for two engines, side by side.
 
     q3d demo [--seed N] [--data DIR] [--out DIR]
+    q3d demo --detector bevfusion
 
 Generates the data, tests CenterPoint-Voxel by MMDetection3D's own script and evaluation, and ends with a
-table, summary.json and a picture of one frame.
+table, summary.json and a picture of one frame. BEVFusion is tested without its cameras and without its LiDAR
+too; its code is in no wheel, so MMDET3D_ROOT has to name a checkout of MMDetection3D.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -27,7 +29,37 @@ __all__ = ['main']
 
 TARGETS = ('tensorrt', 'openvino')
 """The engines whose arithmetic is simulated, as the recipe names them."""
+BLANKED = {'cameras_blanked': 'cameras', 'lidar_blanked': 'lidar'}
+"""Tests of the float model without one of its sensors -> the sensor that is blanked."""
 COLOURS = ('tab:green', 'tab:blue', 'tab:red', 'tab:purple')
+
+
+class Detector(NamedTuple):
+    """A detector that the demo can run.
+
+    Attributes:
+        config: Of the float model, without its ending.
+        profile: Of the toy data that it was trained on.
+        data: The default data root.
+        blank: Place of ``BlankSensor`` in its test pipeline; None where it has one sensor.
+    """
+
+    config: str
+    profile: str
+    data: Path
+    blank: Optional[int] = None
+
+    @property
+    def tests(self) -> Tuple[str, ...]:
+        """The names of all tests, in order."""
+        return ('float', *TARGETS, *(() if self.blank is None else BLANKED))
+
+
+DETECTORS = {
+    'centerpoint': Detector('toy_centerpoint_voxel', 'default', Path('data/toy_nuscenes')),
+    'bevfusion': Detector('toy_bevfusion', 'look-alikes', Path('data/toy_nuscenes_look_alikes'), 5),
+}
+"""By the name that ``--detector`` takes."""
 
 
 def run(arguments: Sequence[Any], log: Path) -> None:
@@ -53,17 +85,20 @@ def run(arguments: Sequence[Any], log: Path) -> None:
     print(f'   {time.time() - start:.0f} s, log in {log}', flush=True)
 
 
-def arguments_of_test(name: str, checkpoint: Path, root: Path, out: Path) -> List[str]:
+def arguments_of_test(
+    name: str, checkpoint: Path, root: Path, out: Path, detector: Detector = DETECTORS['centerpoint']
+) -> List[str]:
     """The arguments of ``q3d`` that test one of the models.
 
     Args:
-        name: ``'float'``, or the target of the quantized model.
+        name: ``'float'``, the target of the quantized model, or one of :data:`BLANKED`.
         checkpoint: Of the float model.
         root: The data set.
         out: Folder of the results of all models.
+        detector: Which one.
     """
-    ending = '' if name == 'float' else '_w8a8'
-    config = configs_folder() / 'mmdet3d' / f'toy_centerpoint_voxel{ending}.py'
+    ending = '_w8a8' if name in TARGETS else ''
+    config = configs_folder() / 'mmdet3d' / f'{detector.config}{ending}.py'
     options = {
         'test_dataloader.dataset.data_root': f'{root}/',
         'train_dataloader.dataset.data_root': f'{root}/',
@@ -71,7 +106,9 @@ def arguments_of_test(name: str, checkpoint: Path, root: Path, out: Path) -> Lis
         'test_evaluator.ann_file': f'{root}/nuscenes_infos_val.pkl',
         'test_evaluator.jsonfile_prefix': out / name / 'predictions',
     }
-    if name != 'float':
+    if name in BLANKED:
+        options[f'test_dataloader.dataset.pipeline.{detector.blank}.sensor'] = BLANKED[name]
+    if name in TARGETS:
         options['custom_hooks.0.recipe.target'] = name
     changes = [f'{key}={value}' for key, value in options.items()]
     words = ['test', config, checkpoint, '--work-dir', out / name, '--cfg-options', *changes]
@@ -107,20 +144,26 @@ def result_of(name: str, run_dir: Path) -> Dict[str, Any]:
     """Metrics and, of a quantized model, its layers."""
     metrics = summarize(files.read_json(run_dir / f'{run_dir.name}.json', 'metrics'))
     result = {**{k: metrics[k] for k in ('mAP', 'NDS', 'AP')}, 'run': str(run_dir)}
-    return result if name == 'float' else {**result, **layers_of(run_dir)}
+    return {**result, **layers_of(run_dir)} if name in TARGETS else result
 
 
 def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """The results as text: a line for each model, with its difference from float."""
     reference, rows = summary['float'], []
-    for name in ('float', *TARGETS):
-        row, line = summary[name], [name if name == 'float' else f'W8A8, {name}']
+    for name in (n for n in ('float', *TARGETS, *BLANKED) if n in summary):
+        row, line = summary[name], [_title(name)]
         for key in ('mAP', 'NDS'):
             difference = '' if row is reference else f'{row[key] - reference[key]:+.4f}'
             line += [f'{row[key]:.4f}', difference]
         rows.append([*line, f'{row["quantized_layers"]} of {row["layers"]}' if 'layers' in row else '0'])
     header = ['', 'mAP', 'to float', 'NDS', 'to float', 'quantized layers']
     return text_table(header, rows, right=[1, 2, 3, 4])
+
+
+def _title(name: str) -> str:
+    if name in BLANKED:
+        return f'float, {BLANKED[name]} blanked'
+    return f'W8A8, {name}' if name in TARGETS else name
 
 
 def _corners(box: Mapping[str, Any]) -> np.ndarray:
@@ -170,8 +213,7 @@ def draw_frame(
     truth = [a for a in (nusc.get('sample_annotation', t) for t in sample['anns']) if a['num_lidar_pts'] > 0]
     panels = {'ground truth': truth}
     for name, boxes in predictions.items():
-        title = name if name == 'float' else f'W8A8, {name}'
-        panels[f'{title}, score > {score}'] = [b for b in boxes[token] if b['detection_score'] > score]
+        panels[f'{_title(name)}, score > {score}'] = [b for b in boxes[token] if b['detection_score'] > score]
     figure = Figure(figsize=(14, 14.4), layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True, sharey=True).flat
@@ -191,30 +233,49 @@ def draw_frame(
     return token
 
 
+def check_bevfusion() -> None:
+    """Raises :class:`Q3DError` unless BEVFusion's configs can be found, before anything long begins."""
+    try:
+        from q3d_plugin.mmdet3d.projects import import_bevfusion
+    except ImportError as error:
+        raise Q3DError(f'this needs MMDetection3D, which does not import here: {error}') from error
+    import_bevfusion()
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the demo; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument('--data', type=Path, default=Path('data/toy_nuscenes'), help='default: %(default)s')
+    parser.add_argument(
+        '--detector', choices=tuple(DETECTORS), default='centerpoint', help='default: %(default)s'
+    )
+    folders = ', '.join(f'{d.data} ({name})' for name, d in DETECTORS.items())
+    parser.add_argument('--data', type=Path, help=f'default: {folders}')
     parser.add_argument('--seed', type=int, default=0, help='seed of the generator (default: %(default)s)')
     parser.add_argument('--checkpoint', type=Path, help="float checkpoint (default: the plugin's own)")
     parser.add_argument('--out', type=Path, default=Path('work_dirs/demo'), help='default: %(default)s')
     args = parser.parse_args(argv)
-    start, out = time.time(), args.out
+    start, out, detector = time.time(), args.out, DETECTORS[args.detector]
     files.check_writable(out)
-    checkpoint = args.checkpoint or configs_folder() / 'mmdet3d' / 'toy_centerpoint_voxel.pth'
-    made = ['toy-data', '--out', args.data, '--seed', args.seed, '--infos', 'mmdet3d']
+    if detector.blank is not None:
+        check_bevfusion()
+    data = args.data or detector.data
+    checkpoint = args.checkpoint or configs_folder() / 'mmdet3d' / f'{detector.config}.pth'
+    made = ['toy-data', '--out', data, '--seed', args.seed, '--infos', 'mmdet3d']
+    made += [] if detector.profile == 'default' else ['--profile', detector.profile]
     run(made, out / 'logs' / 'toy-data.log')
     summary: Dict[str, Any] = {}
     predictions = {}
-    for name in ('float', *TARGETS):
-        run(arguments_of_test(name, checkpoint, args.data, out), out / 'logs' / f'{name}.log')
+    for name in detector.tests:
+        run(arguments_of_test(name, checkpoint, data, out, detector), out / 'logs' / f'{name}.log')
         summary[name] = result_of(name, last_run(out / name))
+        if name in BLANKED:
+            continue
         results = out / name / 'predictions' / 'pred_instances_3d' / 'results_nusc.json'
         predictions[name] = json.loads(results.read_text())['results']
     picture = out / 'frame.png'
-    summary['frame'] = draw_frame(args.data, predictions, picture)
+    summary['frame'] = draw_frame(data, predictions, picture)
     summary['seed'], summary['seconds'] = args.seed, round(time.time() - start, 1)
     files.write_json(out / 'summary.json', summary)
     print(f'\n{table(summary)}\n')

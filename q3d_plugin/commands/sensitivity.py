@@ -14,7 +14,7 @@ import time
 from typing import Any, Dict, List, Optional
 
 from q3d_plugin import files
-from q3d_plugin.analysis import charts, opening, sensitivity, skip_list
+from q3d_plugin.analysis import charts, opening, proposals, sensitivity, skip_list
 from q3d_plugin.analysis.calibrate import Calibrated, calibrate
 from q3d_plugin.analysis.replay import Replay
 from q3d_plugin.analysis.run_files import target_of
@@ -23,6 +23,7 @@ from q3d_plugin.analysis.switch import Switch
 from q3d_plugin.bench import Bench, file_hash
 from q3d_plugin.commands import _common
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.frame import read_frame
 from q3d_plugin.recipe import Recipe
 
 __all__ = ['main']
@@ -36,6 +37,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     """The arguments."""
     parser = _common.parser_of('sensitivity', __doc__)
     _common.add_common(parser, 'sensitivity')
+    _common.add_frame(parser)
     parser.add_argument('--frames', type=int, default=4, help='frames to measure on (default: 4)')
     parser.add_argument('--split', choices=('train', 'val', 'test'), help="default: the recipe's calibration")
     parser.add_argument('--seed', type=int, help="chooses the frames (default: the recipe's)")
@@ -77,6 +79,10 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     _common.at_least(args, 1, 'frames', 'calibration_frames', 'max_skipped', 'candidates', 'trial_frames')
     _common.at_least(args, 0, 'keep_output_error', 'keep_map', 'seed')
+    if args.frame and (args.keep_map is not None or args.split):
+        raise Q3DError(
+            '--frame: it takes the place of the data set, so it does not go with --keep-map or --split'
+        )
     if args.keep_map is not None and (args.treat != 'float' or args.local or args.group or args.no_skip_list):
         raise Q3DError(
             '--keep-map: it chooses layers to leave float, so it does not go with --treat standard, '
@@ -98,7 +104,9 @@ def chosen_recipe(recipe: Recipe, args: argparse.Namespace, quantized: bool = Fa
     # A quantized checkpoint has ranges, and is known by its recipe.
     most = recipe.calibration.frames if quantized else max(ENOUGH, args.frames)
     frames = args.calibration_frames or min(recipe.calibration.frames, most)
-    if frames < recipe.calibration.frames:
+    if args.frame:
+        frames = 1
+    elif frames < recipe.calibration.frames:
         print(
             f'ranges of {frames} frames, of which the recipe has {recipe.calibration.frames}: '
             '--calibration-frames takes more'
@@ -161,6 +169,9 @@ def run(argv: Optional[List[str]] = None) -> int:
     recipe = chosen_recipe(bench.recipe, args, bench.quantized)
     spec = recipe.calibration
     split, seed = args.split or spec.split, spec.seed if args.seed is None else args.seed
+    if args.frame:
+        bench.use_frame(read_frame(args.frame))
+        split = None
     batches = list(bench.frames(split, args.frames, seed))
     lap('loading')
     calibrated = ranges(bench, recipe)
@@ -179,7 +190,10 @@ def run(argv: Optional[List[str]] = None) -> int:
         bench, switch, batches, calibrated.notes(), args.group, args.local, args.reverse, lap
     )
     target = target_of(recipe.to_dict())
-    text = f'target {target}, frames measured on: {len(batches)} of the {split} split\n\n'
+    text = f'target {target}, frames measured on: {len(batches)} '
+    text += (f'of the {split} split' if split else 'that was given, which also gave the ranges') + '\n\n'
+    if not args.local and proposals.has_proposals(bench.forward(batches[0])):
+        text += f'{proposals.WORDS}\n\n'
     text += sensitivity.table(rows)
     if calibrated.nonfinite:
         text += f'\n\n{calibrated.warning()}'

@@ -24,6 +24,7 @@ from q3d_plugin.analysis.sweep import MEASURES, Results, digest, measure_l1, pic
 from q3d_plugin.bench import file_hash
 from q3d_plugin.commands import _common
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.frame import read_frame
 from q3d_plugin.recipe import Recipe
 
 __all__ = ['main']
@@ -33,6 +34,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     """The arguments."""
     parser = _common.parser_of('sweep', __doc__)
     _common.add_common(parser, 'sweep')
+    _common.add_frame(parser)
     parser.add_argument(
         '--grid',
         nargs='+',
@@ -58,11 +60,18 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     _common.at_least(args, 1, 'frames', 'calibration_frames')
     _common.at_least(args, 0, 'random')
+    if args.frame and args.metric != 'l1':
+        raise Q3DError('--frame: one frame has no mAP; --metric l1 would work')
     if not args.grid and not args.skip_curve:
         raise Q3DError(
             '--grid: missing; weight.bits=8,4 or a file would work, or --skip-curve sensitivity.json'
         )
     return args
+
+
+def frame_name(args: argparse.Namespace) -> str:
+    """The name of the frame that was given; empty where none was."""
+    return Path(args.frame).resolve().name if args.frame else ''
 
 
 def all_entries(args: argparse.Namespace, grid: Dict, named: List, base: Recipe) -> List[Entry]:
@@ -89,6 +98,8 @@ def run(argv: Optional[List[str]] = None) -> int:
     bench = opening.open_bench(args.config, args.checkpoint, _common.options_of(args))
     if bench.quantized:
         raise Q3DError(f'checkpoint {args.checkpoint!r} is quantized already: a sweep needs the float one')
+    if args.frame:
+        bench.use_frame(read_frame(args.frame))
     base = bench.recipe
     if args.calibration_frames:
         calibration = dataclasses.replace(base.calibration, frames=args.calibration_frames)
@@ -108,7 +119,7 @@ def run(argv: Optional[List[str]] = None) -> int:
         'config_sha256': digest(bench.settings()),
         'base recipe': base.to_dict(),
         'metric': args.metric,
-        'frames': args.frames if args.metric == 'l1' else None,
+        'frames': (frame_name(args) or args.frames) if args.metric == 'l1' else None,
     }
     results = Results(path, made_of)
 

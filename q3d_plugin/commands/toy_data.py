@@ -2,6 +2,7 @@
 
     q3d toy-data
     q3d toy-data --out DIR --seed 1 --train-scenes 8 --val-scenes 2 --frames 32 --infos mmdet3d
+    q3d toy-data --out DIR --profile look-alikes
 
 A set in the format of nuScenes v1.0-mini: a ray-cast LiDAR of 32 beams, six cameras, all tables. The data
 depends on the seed and not on --processes, and a scene does not change with the number of others. A set that
@@ -78,6 +79,13 @@ def main(argv: Optional[List[str]] = None) -> int:
         help='keyframes a scene, 1 to 40, 0.5 s apart (default: %(default)s)',
     )
     parser.add_argument(
+        '--profile',
+        choices=('default', 'look-alikes'),
+        default='default',
+        help='look-alikes: three pairs of classes have one shape and are told apart by their colours, and '
+        'images have 400 x 225 pixels, for detectors with cameras (default: %(default)s)',
+    )
+    parser.add_argument(
         '--processes', type=int, default=2, help='does not change the data (default: %(default)s)'
     )
     parser.add_argument(
@@ -94,6 +102,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     if not 1 <= args.processes <= 64:
         raise Q3DError(f'--processes: {args.processes} was given; 1 to 64 would work')
     arguments = {k: getattr(args, k) for k in ('seed', 'train_scenes', 'val_scenes', 'frames')}
+    if args.profile != 'default':
+        arguments['profile'] = args.profile
     print(generate(args.out, arguments, args.processes), flush=True)
     if args.infos == ['auto']:
         frameworks = frameworks_at_hand()

@@ -71,7 +71,7 @@ class MMDet3DBench(Bench):
     def second_stage(self) -> bool:
         return any(getattr(self.model, n, None) is not None for n in ('roi_head', 'pts_roi_head'))
 
-    def frames(self, split: str, count: int, seed: int = 0) -> Frames:
+    def frames_of_split(self, split: str, count: int, seed: int = 0) -> Frames:
         loader, _ = calibration_loader(self.cfg, CalibrationSpec(split, count, seed), self.logger)
         return Frames(loader, self.prepare_batch)
 

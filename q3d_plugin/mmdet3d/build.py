@@ -1,8 +1,10 @@
 """Detectors of MMDetection3D outside of its runner; see :mod:`q3d_plugin.adapter`."""
 
+import contextlib
 import copy
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -13,6 +15,7 @@ from mmdet3d.models.segmentors import EncoderDecoder3D
 from mmdet3d.registry import MODELS
 from mmdet3d.structures import Det3DDataSample
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
@@ -21,6 +24,8 @@ import q3d_plugin.mmdet3d  # noqa: F401  (registers the Quant types)
 from q3d_plugin import checkpoints
 from q3d_plugin.adapter import Adapter, copy_containers, without_keys
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.frame import Frame
+from q3d_plugin.mmdet3d.frames import frame_inputs, packed_keys
 from q3d_plugin.mmdet3d.quant_types import put_quant_types, take_quant_types
 from q3d_plugin.mmdet3d.synthetic import synthetic_frame
 from q3d_plugin.recipe import Recipe
@@ -91,7 +96,9 @@ class MMDet3D(Adapter):
 
     def build(self, cfg: Config) -> nn.Module:
         init_default_scope(cfg.get('default_scope', 'mmdet3d'))
-        model = MODELS.build(copy.deepcopy(cfg.model))
+        # BEVFusion would fetch weights of its image backbone, and whoever builds a model here has others.
+        with _few_words():
+            model = MODELS.build(_without_pretrained(cfg.model))
         # Not in one line: ImVoteNet's train() returns nothing.
         model.eval()
         return model
@@ -107,6 +114,12 @@ class MMDet3D(Adapter):
         batch = {'inputs': {'points': [torch.from_numpy(points)]}, 'data_samples': [Det3DDataSample()]}
         return self.prepare(model, batch)
 
+    def reads_images(self, cfg: Config) -> bool:
+        return 'img' in packed_keys(cfg)
+
+    def camera_batch(self, cfg: Config, model: nn.Module, frame: Frame) -> Dict[str, Any]:
+        return frame_inputs(cfg, frame)
+
     def synthetic_batch(self, cfg: Config, model: nn.Module) -> Dict[str, Any]:
         return self.prepare(model, synthetic_frame(cfg, model))
 
@@ -118,3 +131,29 @@ class MMDet3D(Adapter):
         # This class, unlike those derived from it, predicts by votes over windows that slide over the frame.
         mode = 'tensor' if type(model) is EncoderDecoder3D else 'predict'
         return model(**copy_containers(batch), mode=mode)
+
+
+@contextlib.contextmanager
+def _few_words() -> Iterator[None]:
+    """Within, MMEngine logs warnings alone: backbones list all parameters that they initialize."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _without_pretrained(node: Any) -> Any:
+    """A copy of a model's config without the files that its parts would be initialized with."""
+    if isinstance(node, (list, tuple)):
+        return type(node)(_without_pretrained(v) for v in node)
+    if not isinstance(node, Mapping):
+        return node
+    kept = {k: v for k, v in node.items() if k != 'init_cfg' or not _is_pretrained(v)}
+    return type(node)({k: _without_pretrained(v) for k, v in kept.items()})
+
+
+def _is_pretrained(init_cfg: Any) -> bool:
+    return isinstance(init_cfg, Mapping) and init_cfg.get('type') == 'Pretrained'

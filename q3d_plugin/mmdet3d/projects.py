@@ -19,12 +19,20 @@ from pathlib import Path
 from typing import List, Optional
 
 import torch
+from mmengine.config import Config
 
 from q3d_plugin.bev_ops import BEV_POOL, VOXEL_LAYER
 from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.stand_in import StandIn
 
-__all__ = ['BEVFUSION', 'import_bevfusion', 'prepare_bevfusion', 'upstream_config', 'when_imported']
+__all__ = [
+    'BEVFUSION',
+    'import_bevfusion',
+    'import_for',
+    'prepare_bevfusion',
+    'upstream_config',
+    'when_imported',
+]
 
 BEVFUSION = 'projects.BEVFusion.bevfusion'
 """The package whose import registers BEVFusion's types."""
@@ -72,10 +80,27 @@ def import_bevfusion(quiet: bool = False) -> Optional[types.ModuleType]:
     prepare_bevfusion()
     try:
         return _import()
-    except Q3DError:
+    except (ImportError, Q3DError):
         if quiet:
             return None
         raise
+
+
+def import_for(config: Path) -> None:
+    """Imports BEVFusion where a config's ``custom_imports`` names it.
+
+    MMEngine would do so a moment later, but with its own words where that fails.
+
+    Args:
+        config: The config file.
+
+    Raises:
+        Q3DError: As :func:`import_bevfusion`.
+    """
+    custom = Config.fromfile(str(config), import_custom_modules=False).get('custom_imports') or {}
+    names = custom.get('imports') or []
+    if BEVFUSION in ([names] if isinstance(names, str) else names):
+        import_bevfusion()
 
 
 def _import() -> types.ModuleType:

@@ -1,22 +1,22 @@
 """A generated frame for any detector of MMDetection3D: points, images and metadata that its config names."""
 
-from collections.abc import Iterator
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
 from mmdet3d.structures import Det3DDataSample, get_box_type
 from torch import nn
 
-from q3d_plugin.synthetic import POINTS, synthetic_points
+from q3d_plugin.mmdet3d.frames import packed_keys, pipeline_of, steps_of
+from q3d_plugin.synthetic import POINTS, camera_ring, synthetic_points
 
 __all__ = ['synthetic_frame']
 
 INDOOR_POINTS = 4096
 IMAGE = (256, 512)
 """Height and width of images."""
-VIEWS = 5
-"""Cameras of a frame with several."""
+VIEWS, RING = 5, 6
+"""Cameras of a frame with several: that all look ahead, or around for a view transform."""
 
 
 def synthetic_frame(cfg: Any, model: nn.Module) -> Dict[str, Any]:
@@ -29,26 +29,43 @@ def synthetic_frame(cfg: Any, model: nn.Module) -> Dict[str, Any]:
     Returns:
         dict: ``inputs`` and ``data_samples`` of a batch of one frame.
     """
-    steps = list(_steps(cfg.get('test_pipeline') or cfg.test_dataloader.dataset.pipeline))
-    packed = {k for s in steps if s['type'] == 'Pack3DDetInputs' for k in s['keys']}
-    inputs, views = {}, 0
+    steps, packed = list(steps_of(pipeline_of(cfg))), packed_keys(cfg)
+    inputs, views, size = {}, 0, _image_size(steps)
+    around = getattr(model, 'view_transform', None) is not None
     if 'points' in packed:
         inputs['points'] = [torch.from_numpy(_points(cfg, model, steps))]
     if 'img' in packed:
-        views = VIEWS if any('MultiView' in s['type'] for s in steps) else 0
+        views = (RING if around else VIEWS) if any('MultiView' in s['type'] for s in steps) else 0
         generator = torch.Generator().manual_seed(0)
-        shape = (views, 3, *IMAGE) if views else (3, *IMAGE)
+        shape = (views, 3, *size) if views else (3, *size)
         inputs['img'] = [torch.randint(0, 256, shape, generator=generator).float()]
     coordinates = next((s['coord_type'] for s in steps if 'coord_type' in s), None)
     coordinates = coordinates or ('CAMERA' if not hasattr(model, 'neck_3d') else 'LIDAR')
-    sample = Det3DDataSample(metainfo=_metainfo(*get_box_type(coordinates.title()), views))
-    return {'inputs': inputs, 'data_samples': [sample]}
+    info = _metainfo(*get_box_type(coordinates.title()), views, size)
+    if around and views:
+        info.update(_looking_around(size))
+    return {'inputs': inputs, 'data_samples': [Det3DDataSample(metainfo=info)]}
 
 
-def _steps(pipeline) -> Iterator[Dict]:
-    for step in pipeline:
-        yield step
-        yield from _steps(step.get('transforms', ()))
+def _image_size(steps: List[Dict]) -> Tuple[int, int]:
+    """Height and width that the pipeline gives to images, where a step says it."""
+    named = next((s['final_dim'] for s in steps if 'final_dim' in s), IMAGE)
+    return tuple(int(n) for n in named)
+
+
+def _looking_around(size: Sequence[int]) -> Dict[str, Any]:
+    """What BEVFusion's pipeline writes about six cameras around the vehicle, whose images are not scaled."""
+    ring = camera_ring(size, RING)
+    return {
+        'cam2img': ring.intrinsics,
+        'ori_cam2img': ring.intrinsics,
+        'lidar2cam': ring.lidar2cam,
+        'cam2lidar': ring.cam2lidar,
+        'lidar2img': ring.lidar2img,
+        'ori_lidar2img': ring.lidar2img,
+        'img_aug_matrix': np.tile(np.eye(4, dtype=np.float32), (RING, 1, 1)),
+        'lidar_aug_matrix': np.eye(4, dtype=np.float32),
+    }
 
 
 def _points(cfg: Any, model: nn.Module, steps: List[Dict]) -> np.ndarray:
@@ -72,9 +89,9 @@ def _points(cfg: Any, model: nn.Module, steps: List[Dict]) -> np.ndarray:
     return synthetic_points(area, max(channels, 3), INDOOR_POINTS if indoor else POINTS)
 
 
-def _metainfo(box_type, box_mode, views: int) -> Dict[str, Any]:
+def _metainfo(box_type, box_mode, views: int, size: Tuple[int, int]) -> Dict[str, Any]:
     """All that the pipelines write about a frame, for one camera that looks ahead, or for several that do."""
-    height, width = IMAGE
+    height, width = size
     cam2img = np.array([[width, 0, width / 2, 0], [0, width, height / 2, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
     lidar2cam = np.array([[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
     depth2cam = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0.0]])
@@ -90,11 +107,11 @@ def _metainfo(box_type, box_mode, views: int) -> Dict[str, Any]:
         'depth2img': (cam2img[:3, :3] @ depth2cam).astype(np.float32),
         'trans_mat': np.array([[0.25, 0, 0], [0, 0.25, 0], [0, 0, 1]], np.float32),
         'affine_aug': False,
-        'img_shape': IMAGE,
-        'ori_shape': IMAGE,
-        'pad_shape': IMAGE,
-        'input_shape': IMAGE,
-        'batch_input_shape': IMAGE,
+        'img_shape': size,
+        'ori_shape': size,
+        'pad_shape': size,
+        'input_shape': size,
+        'batch_input_shape': size,
         'scale_factor': np.ones(4, np.float32),
         'flip': False,
         'sample_idx': 0,

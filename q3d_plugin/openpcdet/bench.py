@@ -82,7 +82,7 @@ class OpenPCDetBench(Bench):
         super().configure(recipe)
         self.model.quant_recipe = recipe
 
-    def frames(self, split: str, count: int, seed: int = 0) -> Frames:
+    def frames_of_split(self, split: str, count: int, seed: int = 0) -> Frames:
         loader, _ = calibration_loader(self.dataset, CalibrationSpec(split, count, seed), self.logger)
         return Frames(loader, self.prepare_batch)
 

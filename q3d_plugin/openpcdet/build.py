@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from q3d_plugin.adapter import Adapter, copy_containers, without_keys
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.frame import Frame
+from q3d_plugin.openpcdet.frames import frame_item
 from q3d_plugin.openpcdet.recipe import PATH, check_config_file, check_model_cfg
 from q3d_plugin.openpcdet.registries import REGISTRIES, registry_of
 from q3d_plugin.openpcdet.synthetic import synthetic_cameras
@@ -144,11 +146,19 @@ class OpenPCDet(Adapter):
         item = model.dataset.prepare_data({'points': points[:, :used], 'frame_id': 'frame'})
         return self.prepare(model, model.dataset.collate_batch([item]))
 
+    def reads_images(self, cfg: EasyDict) -> bool:
+        return 'IMAGE_BACKBONE' in cfg.MODEL
+
+    def camera_batch(self, cfg: EasyDict, model: nn.Module, frame: Frame) -> Dict[str, Any]:
+        np.random.seed(0)  # the points are shuffled in testing too
+        dataset, item = frame_item(cfg.DATA_CONFIG, list(cfg.CLASS_NAMES), frame)
+        return dataset.collate_batch([item])
+
     def synthetic_batch(self, cfg: EasyDict, model: nn.Module) -> Dict[str, Any]:
         channels = len(cfg.DATA_CONFIG.POINT_FEATURE_ENCODING.src_feature_list)
         points = synthetic_points(cfg.DATA_CONFIG.POINT_CLOUD_RANGE, channels, POINTS)
         batch = self.points_batch(model, points)
-        if 'IMAGE_BACKBONE' in cfg.MODEL:
+        if self.reads_images(cfg):
             batch.update(synthetic_cameras(cfg.MODEL.VTRANSFORM.IMAGE_SIZE))
         return batch
 

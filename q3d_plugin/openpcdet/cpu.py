@@ -22,6 +22,7 @@ import torch
 from q3d_plugin import cpu
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.openpcdet import cpu_ops
+from q3d_plugin.openpcdet.image_transforms import TRANSFORMS
 from q3d_plugin.stand_in import StandIn
 
 __all__ = ['StandIn', 'enable_openpcdet_cpu_mode', 'find_pcdet', 'import_pcdet']
@@ -34,6 +35,8 @@ OPTIONAL = {
     'SharedArray': (),
     'torch_scatter': (),
 }
+KNOWN = {'torch_scatter': cpu_ops.SCATTER, 'torchvision.transforms': TRANSFORMS}
+"""What of them works where they do not import."""
 ARGO2 = 'pcdet.datasets.argo2.argo2_dataset'
 
 
@@ -60,6 +63,7 @@ def import_pcdet(root: Optional[str] = None) -> types.ModuleType:
             pcdet = importlib.import_module('pcdet')
             importlib.import_module('pcdet.datasets')
             importlib.import_module('pcdet.models')
+            _patch_collate()
             if 'WORLD_SIZE' in os.environ and not torch.cuda.is_available():
                 _patch_gather()
     except ModuleNotFoundError as error:
@@ -224,6 +228,25 @@ def _patch_numpy() -> None:
             setattr(np, name, plain)
 
 
+def _patch_collate() -> None:
+    """Batches of camera images with NumPy 1.24 and newer, which make no array of lists of unlike lengths.
+
+    Those are how each image was scaled; no model reads that, its matrices are in the batch as well.
+    """
+    template = getattr(sys.modules.get('pcdet.datasets.dataset'), 'DatasetTemplate', None)
+    if template is None or hasattr(template.collate_batch, '_q3d_collate'):
+        return
+    collate = template.collate_batch
+
+    @functools.wraps(collate)
+    def without_ragged(batch_list, *args, **kwargs):
+        kept = [{k: v for k, v in item.items() if k != 'img_process_infos'} for item in batch_list]
+        return collate(kept, *args, **kwargs)
+
+    without_ragged._q3d_collate = collate
+    template.collate_batch = staticmethod(without_ragged)
+
+
 def _provide_version(package: Path) -> None:
     """Stands in for ``pcdet/version.py``, which OpenPCDet's set-up writes."""
     if 'pcdet.version' in sys.modules or (package / 'version.py').is_file():
@@ -246,9 +269,8 @@ def _optional_packages():
     try:
         absent = [name for name in OPTIONAL if not _imports(name)]
         for name in absent:
-            known = cpu_ops.SCATTER if name == 'torch_scatter' else None
             for full in (name, *OPTIONAL[name]):
-                module = StandIn(full, f'the package {name} does not import here', known)
+                module = StandIn(full, f'the package {name} does not import here', KNOWN.get(full))
                 sys.modules[full] = module
                 added.append(full)
                 parent, _, child = full.rpartition('.')

@@ -1,7 +1,8 @@
 """Six pinhole cameras: a z-buffer renderer with flat shading.
 
 Camera frame: x right, y down, z along the optical axis, in metres. Images have the nuScenes size of
-1600 x 900 pixels but are drawn at half of it: exact enough for flat colours, and four times cheaper.
+1600 x 900 pixels but are drawn at half of it: exact enough for flat colours, and four times cheaper. A
+profile can have smaller ones.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Callable
 import cv2
 import numpy as np
 
+from q3d_plugin.toy_nuscenes.profiles import Profile
 from q3d_plugin.toy_nuscenes.road import ROAD_HALF_WIDTH, Road
 from q3d_plugin.toy_nuscenes.scene import Solids
 
@@ -18,7 +20,6 @@ WIDTH, HEIGHT = 1600, 900
 SCALE = 2
 NEAR = 0.3
 FAR = 90.0
-JPEG_QUALITY = 50
 
 # Channel: heading of the axis in degrees and position in the vehicle frame, focal length in pixels, and the
 # exposure in seconds before the LiDAR keyframe: the LiDAR turns clockwise and triggers them one by one.
@@ -93,6 +94,13 @@ def inverse_depth(normal: np.ndarray, point: np.ndarray, intrinsic: np.ndarray) 
     return normal @ np.linalg.inv(intrinsic) / np.where(np.abs(offset) > 1e-9, offset, 1e-9)
 
 
+def shrunk(intrinsic: np.ndarray, scale: int) -> np.ndarray:
+    """The intrinsic matrix (3, 3) of an image whose pixels are `scale` x `scale` of the given one's."""
+    # The centre of a small pixel is the middle of the large ones it is spread over.
+    shift = 0.5 / scale - 0.5
+    return np.array([[1 / scale, 0, shift], [0, 1 / scale, shift], [0, 0, 1.0]]) @ intrinsic
+
+
 def _draw_ground(
     image: np.ndarray, quads: np.ndarray, color: tuple, to_camera: tuple, intrinsic: np.ndarray
 ) -> None:
@@ -117,6 +125,7 @@ def render(
     rotation: np.ndarray,
     position: np.ndarray,
     intrinsic: np.ndarray,
+    scale: int,
 ) -> np.ndarray:
     """Draws what a camera sees.
 
@@ -128,15 +137,13 @@ def render(
         ground_height: Height of the ground at positions (..., 2).
         rotation: (3, 3) camera to global.
         position: (3,) global position of the camera.
-        intrinsic: (3, 3) of the full-size image.
+        intrinsic: (3, 3) of the image that is drawn.
+        scale: It has the size of nuScenes divided by this.
 
     Returns:
-        (HEIGHT, WIDTH, 3) uint8 RGB.
+        (HEIGHT / scale, WIDTH / scale, 3) uint8 RGB.
     """
-    height, width = HEIGHT // SCALE, WIDTH // SCALE
-    # The centre of a small pixel is the middle of the SCALE x SCALE large ones it is spread over.
-    shrink = np.array([[1 / SCALE, 0, -0.25], [0, 1 / SCALE, -0.25], [0, 0, 1.0]])
-    intrinsic = shrink @ intrinsic
+    height, width = HEIGHT // scale, WIDTH // scale
     u, v = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
 
     foot = np.append(position[:2], ground_height(position[:2]))
@@ -194,13 +201,15 @@ def render(
         np.copyto(nearest[top:bottom, left:right], face, where=front)
     drawn = nearest >= 0
     image[drawn] = colors[nearest[drawn]]
-    return cv2.resize(image, (WIDTH, HEIGHT), interpolation=cv2.INTER_NEAREST)
+    return image
 
 
-def encode(image: np.ndarray) -> bytes:
-    """JPEG file of an RGB image (H, W, 3)."""
+def encode(image: np.ndarray, profile: Profile) -> bytes:
+    """JPEG file of an RGB image (H, W, 3), as a profile has them."""
     # Flat images spend nearly all bytes on the codes of empty blocks, which optimised tables make shorter.
-    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY, cv2.IMWRITE_JPEG_OPTIMIZE, 1]
+    options = [cv2.IMWRITE_JPEG_QUALITY, profile.jpeg_quality, cv2.IMWRITE_JPEG_OPTIMIZE, 1]
+    if profile.full_chroma:
+        options += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     ok, data = cv2.imencode('.jpg', cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
     if not ok:
         raise RuntimeError('OpenCV could not encode a camera image as JPEG')

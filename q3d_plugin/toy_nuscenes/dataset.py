@@ -15,6 +15,7 @@ from tqdm import tqdm
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.toy_nuscenes import tables
 from q3d_plugin.toy_nuscenes.generate import CHANNELS, SceneWriter
+from q3d_plugin.toy_nuscenes.profiles import PROFILES
 from q3d_plugin.toy_nuscenes.road import ROAD_HALF_WIDTH
 
 # To be raised whenever the same arguments give other data.
@@ -22,9 +23,11 @@ GENERATOR_VERSION = 1
 MARKER = 'toy_nuscenes.json'
 
 
-def _write_scene(task: tuple[int, str], root: Path, seed: int, keyframes: int) -> tuple[dict, np.ndarray]:
+def _write_scene(
+    task: tuple[int, str], root: Path, seed: int, keyframes: int, profile: str
+) -> tuple[dict, np.ndarray]:
     """One unit of work for a process."""
-    writer = SceneWriter(root, seed, task[0], task[1], keyframes)
+    writer = SceneWriter(root, seed, task[0], task[1], keyframes, PROFILES[profile])
     return writer.write(), writer.road()
 
 
@@ -33,7 +36,8 @@ def write_dataset(root: Path, arguments: dict, processes: int = 1) -> None:
 
     Args:
         root: The folder.
-        arguments: `seed`, `train_scenes`, `val_scenes` and `frames`.
+        arguments: `seed`, `train_scenes`, `val_scenes` and `frames`, and `profile` where it is another one
+            than the default.
         processes: Number of processes; the data does not depend on it.
     """
     for channel, modality in CHANNELS.items():
@@ -45,7 +49,8 @@ def write_dataset(root: Path, arguments: dict, processes: int = 1) -> None:
     # Numbered by their place in the full set, so that a scene does not change with how many others there are.
     every = tables.TRAIN_SCENES + tables.VAL_SCENES
     tasks = [(every.index(name), name) for name in names]
-    work = partial(_write_scene, root=root, seed=seed, keyframes=arguments['frames'])
+    profile = arguments.get('profile', 'default')
+    work = partial(_write_scene, root=root, seed=seed, keyframes=arguments['frames'], profile=profile)
     progress = partial(tqdm, total=len(tasks), desc='scenes', unit='scene')
     if processes > 1 and len(tasks) > 1:
         with get_context('fork').Pool(min(processes, len(tasks))) as pool:
@@ -77,10 +82,11 @@ def check_arguments(arguments: dict) -> None:
     """Refuses what the generator cannot do.
 
     Args:
-        arguments: `seed`, `train_scenes`, `val_scenes` and `frames`.
+        arguments: `seed`, `train_scenes`, `val_scenes` and `frames`, and `profile` where it is another one
+            than the default.
 
     Raises:
-        Q3DError: A number is out of its range.
+        Q3DError: A number is out of its range, or there is no such profile.
     """
     limits = {
         'seed': (0, 2**31 - 1),
@@ -92,6 +98,9 @@ def check_arguments(arguments: dict) -> None:
         if not low <= arguments[name] <= high:
             option = name.replace('_', '-')
             raise Q3DError(f'--{option}: {arguments[name]} was given; {low} to {high} would work')
+    profile = arguments.get('profile', 'default')
+    if profile not in PROFILES:
+        raise Q3DError(f'--profile: {profile!r} was given; {" or ".join(PROFILES)} would work')
 
 
 def make_dataset(out: Path, arguments: dict, processes: int = 1) -> bool:
@@ -101,7 +110,8 @@ def make_dataset(out: Path, arguments: dict, processes: int = 1) -> bool:
 
     Args:
         out: The folder of the set, which appears whole or not at all.
-        arguments: `seed`, `train_scenes`, `val_scenes` and `frames`.
+        arguments: `seed`, `train_scenes`, `val_scenes` and `frames`, and `profile` where it is another one
+            than the default.
         processes: Number of processes; the data does not depend on it.
 
     Returns:

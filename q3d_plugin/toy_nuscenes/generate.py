@@ -18,6 +18,7 @@ from q3d_plugin.toy_nuscenes.geometry import (
     rotation_z,
 )
 from q3d_plugin.toy_nuscenes.placement import make_scene
+from q3d_plugin.toy_nuscenes.profiles import PROFILES, Profile
 from q3d_plugin.toy_nuscenes.scene import KEYFRAME_PERIOD, SWEEP_PERIOD, Scene
 from q3d_plugin.toy_nuscenes.tables import rounded, token
 
@@ -38,8 +39,13 @@ class Mount:
         self.intrinsic = [] if intrinsic is None else [rounded(row) for row in intrinsic]
 
 
-def calibrate(rng: np.random.Generator) -> dict[str, Mount]:
-    """The sensor rig of one log, every sensor a little off: no two vehicles are calibrated alike."""
+def calibrate(rng: np.random.Generator, image_scale: int = 1) -> dict[str, Mount]:
+    """The sensor rig of one log, every sensor a little off: no two vehicles are calibrated alike.
+
+    Args:
+        rng: Source of the deviations.
+        image_scale: Images have the size of nuScenes divided by this.
+    """
     tilt = rotation_x(np.deg2rad(rng.normal(0, 0.4)))
     mounts = {
         'LIDAR_TOP': Mount(
@@ -54,6 +60,8 @@ def calibrate(rng: np.random.Generator) -> dict[str, Mount]:
         rotation = rotation_z(np.deg2rad(heading + rng.normal(0, 0.4))) @ CAMERA_AXES
         rotation = rotation @ rotation_x(np.deg2rad(rng.normal(0, 0.3)))
         intrinsic = np.array([[focal, 0, cx], [0, focal, cy], [0, 0, 1]])
+        if image_scale > 1:
+            intrinsic = camera.shrunk(intrinsic, image_scale)
         mounts[channel] = Mount(np.array(position) + rng.normal(0, 0.01, 3), rotation, intrinsic)
     return mounts
 
@@ -68,11 +76,20 @@ def _chain(records: list[dict]) -> None:
 class SceneWriter:
     """Records one scene: simulates its sensors, writes their files and collects the table records."""
 
-    def __init__(self, root: Path, seed: int, index: int, name: str, keyframes: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        seed: int,
+        index: int,
+        name: str,
+        keyframes: int,
+        profile: Profile = PROFILES['default'],
+    ) -> None:
+        self.profile = profile
         self.root, self.seed, self.index, self.name, self.keyframes = root, seed, index, name, keyframes
         rng = np.random.default_rng(np.random.SeedSequence([seed, index, 0]))
-        self.scene: Scene = make_scene(rng, tables.map_center(index), keyframes)
-        self.mounts = calibrate(rng)
+        self.scene: Scene = make_scene(rng, tables.map_center(index), keyframes, profile)
+        self.mounts = calibrate(rng, profile.image_scale)
         self.start = FIRST_TIMESTAMP + index * 1_000_000_000 + int(rng.integers(0, 1_000_000))
         date = datetime.fromtimestamp(self.start / 1e6, tz=timezone.utc)
         # 'n000' is no vehicle of nuScenes: names keep the pattern and yet show that the data is synthetic.
@@ -115,8 +132,8 @@ class SceneWriter:
             'timestamp': stamp,
             'fileformat': 'pcd' if is_lidar else 'jpg',
             'is_key_frame': is_key,
-            'height': 0 if is_lidar else camera.HEIGHT,
-            'width': 0 if is_lidar else camera.WIDTH,
+            'height': 0 if is_lidar else camera.HEIGHT // self.profile.image_scale,
+            'width': 0 if is_lidar else camera.WIDTH // self.profile.image_scale,
             'filename': f'{folder}/{channel}/{self.logfile}__{channel}__{stamp}{suffix}',
             'prev': '',
             'next': '',
@@ -148,11 +165,15 @@ class SceneWriter:
             data, pose = self.record(channel, t - early, keyframe, True)
             position, rotation = self.sensor_pose(channel, pose)
             around = float(scene.ego.travelled(np.array(t - early)))
-            intrinsic = np.array(self.mounts[channel].intrinsic)
-            image = camera.render(
-                solids, scene.road, around, normal, scene.ground_height, rotation, position, intrinsic
-            )
-            (self.root / data['filename']).write_bytes(camera.encode(image))
+            intrinsic, scale = np.array(self.mounts[channel].intrinsic), self.profile.image_scale
+            size = camera.WIDTH // scale, camera.HEIGHT // scale
+            if scale < camera.SCALE:
+                intrinsic, scale = camera.shrunk(intrinsic, camera.SCALE), camera.SCALE
+            where = scene.ground_height, rotation, position, intrinsic, scale
+            image = camera.render(solids, scene.road, around, normal, *where)
+            if (image.shape[1], image.shape[0]) != size:
+                image = cv2.resize(image, size, interpolation=cv2.INTER_NEAREST)
+            (self.root / data['filename']).write_bytes(camera.encode(image, self.profile))
             records.append(data)
         return records
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from q3d_plugin.toy_nuscenes.catalog import CLASSES, sample_size
 from q3d_plugin.toy_nuscenes.geometry import rectangles_overlap
+from q3d_plugin.toy_nuscenes.profiles import PROFILES, Profile
 from q3d_plugin.toy_nuscenes.road import LANE, STRIP, Ego, Motion, Road, make_road
 from q3d_plugin.toy_nuscenes.scene import (
     EGO_CENTER_AHEAD,
@@ -160,7 +161,12 @@ def _attribute(rng: np.random.Generator, name: str, moving: bool, with_rider: bo
 
 
 def _place_objects(
-    rng: np.random.Generator, road: Road, ego: Ego, duration: float, occupancy: Occupancy
+    rng: np.random.Generator,
+    road: Road,
+    ego: Ego,
+    duration: float,
+    occupancy: Occupancy,
+    profile: Profile,
 ) -> list[Instance]:
     """Places instances of all classes along the whole route, clear of each other at all times."""
     lane_speed = {1.0: rng.uniform(3.5, 9.0), -1.0: rng.uniform(3.0, 6.0)}
@@ -178,20 +184,22 @@ def _place_objects(
         color = np.array(CLASSES[name].color) * rng.uniform(0.88, 1.12)
         gain = rng.uniform(0.85, 1.15)
         attribute = _attribute(rng, name, moving, with_rider)
-        instances.append(Instance(name, size, with_rider, motion, attribute, np.clip(color, 0, 255), gain))
+        shape = profile.shape_of(name)
+        color = np.clip(color, 0, 255)
+        instances.append(Instance(name, size, with_rider, motion, attribute, color, gain, shape))
         return True
 
     for name in ('car', 'truck'):
         # Someone drives ahead of and someone behind the ego vehicle, at its own speed.
         gap = rng.uniform(14, 24) * (1 if name == 'car' else -1)
-        size = sample_size(rng, name, False)
+        size = sample_size(rng, profile.shape_of(name), False)
         admit(name, Motion('convoy', np.array([gap, 0.0]), 1.0), True, False, size, 0.5)
     for name in PLACEMENT_ORDER:
         for _ in range(max(2, round(COUNTS[name] * stretch))):
             moving = rng.uniform() < MOVING_SHARE[name]
             cycle = name in ('bicycle', 'motorcycle')
             with_rider = cycle and (moving or rng.uniform() < 0.15)
-            size = sample_size(rng, name, with_rider)
+            size = sample_size(rng, profile.shape_of(name), with_rider)
             margin = 0.4 if name in ('pedestrian', 'traffic_cone', 'barrier') else 0.6
             for _attempt in range(60):
                 draw = _propose(rng, name, moving, ego, duration)
@@ -253,13 +261,16 @@ def _place_background(
     return Solids(*columns, owner=np.full(len(rows), -1))
 
 
-def make_scene(rng: np.random.Generator, center: np.ndarray, keyframes: int) -> Scene:
+def make_scene(
+    rng: np.random.Generator, center: np.ndarray, keyframes: int, profile: Profile = PROFILES['default']
+) -> Scene:
     """Builds a scene.
 
     Args:
         rng: Source of all its chances.
         center: (2,) middle of the driven route.
         keyframes: Number of keyframes.
+        profile: How the objects look.
 
     Returns:
         The scene, for the times -`SWEEP_PERIOD` to (keyframes - 1) * `KEYFRAME_PERIOD`.
@@ -276,6 +287,6 @@ def make_scene(rng: np.random.Generator, center: np.ndarray, keyframes: int) -> 
     occupancy.add(np.column_stack([poses[:, :2] + ahead, poses[:, 2]]), EGO_SIZE)
 
     scene = Scene(road, ego, duration, ground, np.asarray(center, dtype=float), [], None)
-    scene.instances = _place_objects(rng, road, ego, duration, occupancy)
+    scene.instances = _place_objects(rng, road, ego, duration, occupancy, profile)
     scene.background = _place_background(rng, road, length, occupancy, scene.ground_height)
     return scene

@@ -33,6 +33,7 @@ class Instance:
     attribute: str | None
     color: np.ndarray  # (3,) RGB, 0 to 255
     gain: float  # factor on the LiDAR intensity
+    shape: str  # the class whose parts it has
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Scene:
         centers, sizes, yaws = self.boxes(t)
         rows = [[getattr(self.background, f)] for f in self.background.__dataclass_fields__]
         for index, instance in enumerate(self.instances):
-            parts = object_parts(instance.name, sizes[index], instance.with_rider)
+            parts = object_parts(instance.shape, sizes[index], instance.with_rider)
             n = len(parts['round'])
             for row, value in zip(
                 rows,

@@ -40,12 +40,15 @@ def framework(monkeypatch, toy_set):
         options = dict(w.split('=', 1) for w in words[words.index('--cfg-options') + 1 :])
         work_dir = Path(words[words.index('--work-dir') + 1])
         target = options.get('custom_hooks.0.recipe.target', 'float')
+        sensor = options.get('test_dataloader.dataset.pipeline.5.sensor')
         for stamp in ('20200101_000000', '20200102_000000'):
             folder = work_dir / stamp
             folder.mkdir(parents=True)
             # The older run has other metrics.
             lost = (
-                {'float': 0, 'tensorrt': 0.125, 'openvino': 0.0625}[target]
+                {'float': 0, 'tensorrt': 0.125, 'openvino': 0.0625, 'cameras': 0.25, 'lidar': 0.5}[
+                    sensor or target
+                ]
                 if stamp.endswith('2_000000')
                 else 0.5
             )
@@ -91,6 +94,41 @@ def test_three_models_side_by_side(framework, toy_set, tmp_path, capsys):
     assert ['W8A8,', 'tensorrt', '0.3750', '-0.1250', '0.1250', '-0.1250', '1', 'of', '2'] in lines
     assert ['W8A8,', 'openvino', '0.4375', '-0.0625', '0.1875', '-0.0625', '1', 'of', '2'] in lines
     assert (out / 'frame.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_two_sensors_are_also_taken_away_one_by_one(framework, toy_set, tmp_path, capsys, monkeypatch):
+    pytest.importorskip('nuscenes')
+    pytest.importorskip('matplotlib')
+    monkeypatch.setattr(demo, 'check_bevfusion', lambda: None)
+    out = tmp_path / 'out'
+    assert main(['demo', '--detector', 'bevfusion', '--data', str(toy_set), '--out', str(out)]) == 0
+    assert framework[0][1:] == [
+        *('--out', str(toy_set), '--seed', '0', '--infos', 'mmdet3d', '--profile', 'look-alikes')
+    ]
+    configs = [Path(words[1]).name for words in framework[1:]]
+    plain, quantized = 'toy_bevfusion.py', 'toy_bevfusion_w8a8.py'
+    assert configs == [plain, quantized, quantized, plain, plain]
+    assert all(Path(words[2]).name == 'toy_bevfusion.pth' for words in framework[1:])
+    summary = json.loads((out / 'summary.json').read_text())
+    names = ('float', 'tensorrt', 'openvino', 'cameras_blanked', 'lidar_blanked')
+    assert [summary[n]['mAP'] for n in names] == [0.5, 0.375, 0.4375, 0.25, 0.0]
+    assert 'layers' not in summary['lidar_blanked'] and 'layers' in summary['tensorrt']
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ['float,', 'cameras', 'blanked', '0.2500', '-0.2500', '0.0000', '-0.2500', '0'] in lines
+    assert (out / 'frame.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_without_bevfusion_the_demo_ends_before_it_begins(tmp_path, capsys, monkeypatch):
+    pytest.importorskip('mmdet3d')
+    monkeypatch.delenv('MMDET3D_ROOT', raising=False)
+    monkeypatch.chdir(tmp_path)
+    for name in [n for n in sys.modules if n.split('.')[0] == 'projects']:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, 'path', [p for p in sys.path if p and not (Path(p) / 'projects').is_dir()])
+    assert main(['demo', '--detector', 'bevfusion', '--out', 'out']) == 2
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and 'set MMDET3D_ROOT to a source checkout' in error
+    assert not (tmp_path / 'out' / 'logs').exists()
 
 
 @pytest.mark.parametrize('target', demo.TARGETS)

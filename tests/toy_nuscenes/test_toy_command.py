@@ -39,6 +39,32 @@ def test_the_data_of_a_seed_is_what_it_always_was(root):
     assert np.allclose(points.mean(0), [0.26526, -0.22091, -1.03835, 42.32735, 14.34903], atol=5e-3)
 
 
+def test_look_alikes_differ_by_colour_alone(root, generator, tmp_path):
+    out = tmp_path / 'set'
+    assert generator(out, *SMALL, '--profile', 'look-alikes').returncode == 0
+    assert 'profile' not in json.loads((root / 'toy_nuscenes.json').read_text())
+    assert json.loads((out / 'toy_nuscenes.json').read_text())['profile'] == 'look-alikes'
+    assert {(r['width'], r['height']) for r in table_of(out, 'sample_data')} == {(400, 225), (0, 0)}
+    for name, twin in (('truck', 'construction'), ('bus.rigid', 'trailer'), ('bicycle', 'motorcycle')):
+        assert mean_width(out, name) == pytest.approx(mean_width(out, twin), rel=0.05)
+    assert mean_width(root, 'motorcycle') > 1.2 * mean_width(root, 'bicycle')
+    # The same set again is reused, and the default one is another set.
+    assert 'reusing' in generator(out, *SMALL, '--profile', 'look-alikes').stdout
+    assert 'reusing' not in generator(out, *SMALL).stdout
+    assert digest(out) == digest(root)
+
+
+def table_of(folder, name):
+    return json.loads((folder / 'v1.0-mini' / f'{name}.json').read_text())
+
+
+def mean_width(folder, name):
+    category = next(r['token'] for r in table_of(folder, 'category') if r['name'] == f'vehicle.{name}')
+    mine = {r['token'] for r in table_of(folder, 'instance') if r['category_token'] == category}
+    sizes = [r['size'][0] for r in table_of(folder, 'sample_annotation') if r['instance_token'] in mine]
+    return np.mean(sizes)
+
+
 def test_another_seed_other_data(root, generator, tmp_path):
     assert generator(tmp_path / 'other', *SMALL, '--seed', 1).returncode == 0
     mine, other = digest(root), digest(tmp_path / 'other')

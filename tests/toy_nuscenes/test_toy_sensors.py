@@ -6,7 +6,7 @@ import pytest
 
 from q3d_plugin.toy_nuscenes import camera, lidar
 from q3d_plugin.toy_nuscenes.catalog import CLASSES, object_parts
-from q3d_plugin.toy_nuscenes.generate import SceneWriter
+from q3d_plugin.toy_nuscenes.generate import SceneWriter, calibrate
 from q3d_plugin.toy_nuscenes.geometry import (
     matrix_to_quaternion,
     points_in_box,
@@ -175,7 +175,8 @@ def test_nothing_collides(scene):
             assert not hit.any()
 
 
-def test_images_show_the_nearest_solid_at_each_pixel(scene):
+@pytest.mark.parametrize('scale', [2, 4])
+def test_images_show_the_nearest_solid_at_each_pixel(scene, scale):
     """Casts one ray through each of some pixels: the solid it meets first gives the colour, up to shading."""
     solids = scene.solids(1.0)
     rng = np.random.default_rng(0)
@@ -194,9 +195,10 @@ def test_images_show_the_nearest_solid_at_each_pixel(scene):
         scene.ground_height,
         rotation,
         position,
-        intrinsic,
+        camera.shrunk(intrinsic, scale),
+        scale,
     )
-    assert image.shape == (900, 1600, 3)
+    assert image.shape == (900 // scale, 1600 // scale, 3)
     pixels = rng.uniform([0, 300], [1600, 600], (4000, 2))
     rays = np.column_stack([pixels, np.ones(len(pixels))]) @ np.linalg.inv(intrinsic).T @ rotation.T
     rays /= np.linalg.norm(rays, axis=1, keepdims=True)
@@ -211,7 +213,9 @@ def test_images_show_the_nearest_solid_at_each_pixel(scene):
         nearer = distance < np.minimum(best, camera.FAR)
         best[nearer], first[nearer] = distance[nearer], i
     hit = first >= 0
-    shown = image[pixels[hit, 1].astype(int), pixels[hit, 0].astype(int)].astype(float)
+    # The pixel of the small image that covers this one.
+    column, row = (pixels[hit] // scale).astype(int).T
+    shown = image[row, column].astype(float)
     expected = solids.color[first[hit]]
     shown /= np.linalg.norm(shown, axis=1, keepdims=True)
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
@@ -264,3 +268,14 @@ def test_images_show_the_annotated_boxes(nusc, root):
     # The sensors sit in different places: what one sees, another object may hide from the other.
     assert len(matches) > 200
     assert np.mean(matches) > 0.85
+
+
+def test_small_images_have_the_intrinsics_that_belong_to_them():
+    large, small = (calibrate(np.random.default_rng(3), *scale) for scale in ((), (4,)))
+    assert large.keys() == small.keys() and small['LIDAR_TOP'].intrinsic == []
+    for channel in camera.RIG:
+        assert large[channel].translation == small[channel].translation
+        full, quarter = np.array(large[channel].intrinsic), np.array(small[channel].intrinsic)
+        u, v = ((matrix @ [1.0, 0.5, 4.0])[:2] / 4.0 for matrix in (full, quarter))
+        # The middle of a small pixel is the middle of the 4 x 4 large ones that it covers.
+        np.testing.assert_allclose(v + 0.5, (u + 0.5) / 4, atol=1e-5)

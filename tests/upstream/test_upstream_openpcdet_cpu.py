@@ -129,6 +129,18 @@ def test_its_wrappers_take_the_cpu_operators(pcdet):
     assert torch.allclose(iou3d_nms_utils.boxes_aligned_iou3d_gpu(boxes, boxes), torch.ones(3, 1), atol=1e-6)
     assert torch.allclose(iou3d_nms_utils.paired_boxes_iou3d_gpu(boxes, boxes), torch.ones(3), atol=1e-6)
 
+    from pcdet.ops.bev_pool import bev_pool
+
+    x, cells = torch.randn(50, 3, requires_grad=True), torch.randint(0, 2, (50, 4))
+    out = bev_pool(x, cells, 2, 2, 2, 2)
+    expected = torch.zeros(2, 3, 2, 2, 2)
+    for row, (i, j, k, b) in zip(x.detach(), cells.tolist()):
+        expected[b, :, k, i, j] += row
+    assert torch.allclose(out, expected, atol=1e-5)
+    out.square().sum().backward()
+    i, j, k, b = cells.T
+    assert torch.allclose(x.grad, 2 * expected[b, :, k, i, j], atol=1e-5)
+
     centres = boxes[:, :3]
     assert roiaware_pool3d_utils.points_in_boxes_cpu(centres, boxes).tolist()[2] == [0, 0, 1]
     found = roiaware_pool3d_utils.points_in_boxes_gpu(centres[None], boxes[None])

@@ -72,6 +72,12 @@ class Words(Adapter):
     def points_batch(self, model, points):
         raise NotImplementedError
 
+    def reads_images(self, cfg):
+        return False
+
+    def camera_batch(self, cfg, model, frame):
+        raise NotImplementedError
+
     def synthetic_batch(self, cfg, model):
         return torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
 
