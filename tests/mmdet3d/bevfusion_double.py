@@ -1,7 +1,7 @@
 """A small BEVFusion of MMDetection3D: the double of ``projects/BEVFusion``, configs, and a frame.
 
 ``checkout_double`` stands for a checkout of MMDetection3D. Its types have the names, attributes and data flow
-of the real ones, as far as quantization has to do with them; ``tests/upstream/test_upstream_bevfusion_parts.py``
+of the real ones, as far as quantization has to do with them; ``test_upstream_bevfusion_parts.py``
 compares both. Backbones and the decoder are the real ones of mmdet and MMDetection3D.
 """
 

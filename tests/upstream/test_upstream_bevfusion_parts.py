@@ -107,19 +107,6 @@ def test_shipped_configs_are_the_real_ones_with_quant_types(real, name):
     assert parts == expected.get(name, {'img_backbone', 'img_neck'})
 
 
-def real_batch(cfg):
-    """The real frame as the pipeline of a config loads it."""
-    from mmdet3d.registry import DATASETS
-    from mmdet3d.utils import register_all_modules
-    from mmengine.dataset import pseudo_collate
-
-    register_all_modules()
-    dataset = copy.deepcopy(cfg.test_dataloader.dataset)
-    dataset.update(data_root=str(FRAME), ann_file=next(FRAME.glob('*.pkl')).name)
-    dataset.data_prefix = {key: '' for key in dataset.data_prefix}
-    return pseudo_collate([DATASETS.build(dataset)[0]])
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not FRAME.is_dir(), reason='the real nuScenes frame is not here')
 @pytest.mark.parametrize(
@@ -130,6 +117,7 @@ def test_full_size_on_the_real_frame(real, config, layers, operations):
     """Off is float at every layer, W8A8 runs after a calibration on the frame, and coverage is complete."""
     from q3d_plugin import lifecycle
     from q3d_plugin.coverage import coverage
+    from q3d_plugin.frame import read_frame
     from q3d_plugin.mmdet3d.build import MMDet3D
     from q3d_plugin.recipe import Recipe
     from q3d_plugin.zoo import compare, weights
@@ -137,12 +125,11 @@ def test_full_size_on_the_real_frame(real, config, layers, operations):
 
     adapter = MMDet3D()
     cfg = adapter.read(CONFIGS / config)
-    batch = real_batch(cfg)
     torch.manual_seed(0)
     reference, model = adapter.build(adapter.float_config(cfg)), adapter.build(cfg)
     lifecycle.configure(model, Recipe.from_dict(RECIPE))
     weights.randomize(reference)
-    frame, names = adapter.prepare(reference, batch), comparable(model)
+    frame, names = adapter.frame_batch(cfg, reference, read_frame(str(FRAME))), comparable(model)
     assert frame['inputs']['imgs'].shape == (1, 6, 3, 256, 704)
     handles = weights.settle(reference)
     expected, stopped = compare.record(adapter, reference, frame, names)

@@ -4,13 +4,10 @@ Set OPENPCDET_ROOT to a checkout of OpenPCDet to run this.
 """
 
 import copy
-import functools
 import importlib
 import inspect
 import os
-import pickle
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -143,43 +140,13 @@ def test_parts_of_the_double_have_the_real_weights_and_results(adapter, double, 
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def cameras(cfg):
-    """The six images of the real frame with their matrices, by OpenPCDet's own loading."""
-    from pcdet.datasets.nuscenes.nuscenes_dataset import NuScenesDataset
-    from pcdet.datasets.processor.data_processor import DataProcessor
-
-    (info,) = pickle.loads(next(FRAME.glob('*.pkl')).read_bytes())['data_list']
-    cams = {}
-    for name, camera in info['images'].items():
-        to_lidar = np.linalg.inv(np.array(camera['lidar2cam']))
-        cams[name] = dict(
-            data_path=camera['img_path'],
-            sensor2lidar_rotation=to_lidar[:3, :3],
-            sensor2lidar_translation=to_lidar[:3, 3],
-            camera_intrinsics=np.array(camera['cam2img']),
-            sensor2ego_rotation=[1, 0, 0, 0],
-            sensor2ego_translation=[0, 0, 0],
-        )
-    loader = types.SimpleNamespace(
-        camera_image_config=cfg.DATA_CONFIG.CAMERA_CONFIG.IMAGE, training=False, root_path=FRAME
-    )
-    loader.crop_image = functools.partial(NuScenesDataset.crop_image, loader)
-    item = NuScenesDataset.load_camera_info(loader, {}, {'cams': cams})
-    item = DataProcessor.image_calibrate(None, item, {})
-    (step,) = [s for s in cfg.DATA_CONFIG.DATA_PROCESSOR if s.NAME == 'image_normalize']
-    images = torch.from_numpy(np.stack([np.array(image) for image in item['camera_imgs']])).float() / 255
-    images = ((images - torch.tensor(step.mean)) / torch.tensor(step.std)).permute(0, 3, 1, 2)
-    keys = ('camera_intrinsics', 'camera2lidar', 'lidar2image', 'img_aug_matrix')
-    matrices = {key: torch.from_numpy(np.stack(item[key])[None]).float() for key in keys}
-    return {**matrices, 'camera_imgs': images[None], 'lidar_aug_matrix': torch.eye(4)[None]}
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not FRAME.is_dir(), reason='the real nuScenes frame is not here')
 def test_full_size_on_the_real_frame(adapter, cfg):
     """Off is float at every layer, W8A8 runs after a calibration on the frame, and coverage is complete."""
     from q3d_plugin import lifecycle
     from q3d_plugin.coverage import coverage
+    from q3d_plugin.frame import read_frame
     from q3d_plugin.recipe import Recipe
     from q3d_plugin.zoo import compare, weights
     from q3d_plugin.zoo.layers import comparable
@@ -189,9 +156,7 @@ def test_full_size_on_the_real_frame(adapter, cfg):
     recipe = Recipe.from_dict(RECIPE)
     lifecycle.configure(model, recipe)
     weights.randomize(reference)
-    points = np.fromfile(next(FRAME.glob('*LIDAR_TOP*.pcd.bin')), np.float32).reshape(-1, 5).copy()
-    points[:, 4] = 0
-    frame, names = {**adapter.points_batch(reference, points), **cameras(cfg)}, comparable(model)
+    frame, names = adapter.frame_batch(cfg, reference, read_frame(str(FRAME))), comparable(model)
     assert frame['camera_imgs'].shape == (1, 6, 3, 256, 704)
     handles = weights.settle(reference)
     expected, stopped = compare.record(adapter, reference, frame, names)
