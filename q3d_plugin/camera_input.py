@@ -42,7 +42,7 @@ class CameraInput(nn.Module):
 
         Args:
             images: (B, views, 3, height, width), or None.
-            quantizers: Of the image backbone.
+            quantizers: Of the parts that images go through.
 
         Raises:
             Q3DError: There are no images, or others than in calibration.

@@ -1,9 +1,9 @@
 """Checkpoints of quantized models: checked before they are loaded, and written whole or not at all."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import nn
@@ -11,22 +11,26 @@ from torch import nn
 from q3d_plugin import __version__
 from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.files import replacing
+from q3d_plugin.layers import QuantUnit
 from q3d_plugin.layers.model import units
 from q3d_plugin.quantizer import UNSIGNED_MODES, Mode
-from q3d_plugin.recipe import TARGETS, Recipe, differences
+from q3d_plugin.recipe import TARGETS, LayerPlan, Recipe, differences
 from q3d_plugin.transforms.fold import fold_state_dict
+from q3d_plugin.transforms.sharing import share_scales, undeclared_groups
 
 __all__ = [
     'META_KEY',
     'check_recipe_of',
     'check_state_dict',
     'is_quantized_checkpoint',
+    'restore_sharing',
     'save_checkpoint',
     'stamp',
 ]
 
-FORMAT = 2
-"""Of the checkpoints that are written. In format 1 recipes had no target."""
+FORMAT = 3
+"""Of the checkpoints that are written. In format 1 recipes had no target; before 3 they had no ``include``,
+and no layer was float by default."""
 
 META_KEY = 'q3d'
 """Where a checkpoint's ``meta`` holds the recipe."""
@@ -80,6 +84,12 @@ def check_state_dict(model: nn.Module, state_dict: Mapping, source: str = 'check
             f'model needs {tuple(weights[wrong[0]].shape)} (and {len(wrong) - 1} more differ)'
         )
     missing = [k for k in weights if k not in folded]
+    absent = _absent_parts(weights, folded)
+    if absent:
+        raise Q3DError(
+            f'{source}: of another model: it has no weights at all of {", ".join(absent)}, which this model '
+            f'has ({len(missing)} of {len(weights)} entries are missing)'
+        )
     if missing:
         has = f'it has {len(state_dict)} entries, {len(weights) - len(missing)} of the {len(weights)} needed'
         near = near_matches(missing[0], [k for k in state_dict if not _is_quantizer_key(k)][:2000], 1)
@@ -100,6 +110,25 @@ def check_state_dict(model: nn.Module, state_dict: Mapping, source: str = 'check
                 + '. Use the recipe it was made with, or calibrate the float checkpoint anew'
             )
     return folded
+
+
+def _absent_parts(needed: Iterable[str], given: Iterable[str]) -> List[str]:
+    """Parts of a model of which a checkpoint that has others holds nothing, such as those of the cameras.
+
+    None where it has parts of names like theirs.
+
+    Args:
+        needed: Entries of the model.
+        given: Entries of the checkpoint.
+
+    Examples:
+        >>> _absent_parts(['head.w', 'img_neck.w'], ['head.w']), _absent_parts(['head.w'], ['x.w'])
+        (['img_neck'], [])
+    """
+    parts, known = (dict.fromkeys(k.partition('.')[0] for k in keys) for keys in (needed, given))
+    absent, extra = ([part for part in a if part not in b] for a, b in ((parts, known), (known, parts)))
+    renamed = any(near_matches(part, extra).startswith('; did') for part in absent)
+    return [] if renamed or len(absent) == len(parts) else absent
 
 
 def _permutes_to(given, wanted) -> bool:
@@ -149,7 +178,7 @@ def check_recipe_of(
             f'{source}: it was made for another target: {made.target!r}, and {place} is {recipe.target!r}; '
             f'{made.target!r} would work, {advice}'
         )
-    layer = next((n for n, _ in units(model) if made.plan(n) != recipe.plan(n)), None)
+    layer = next((n for n, u in units(model) if _plan(made, n, u) != _plan(recipe, n, u)), None)
     if layer is None:
         return
     theirs, mine = made.to_dict(), recipe.to_dict()
@@ -163,6 +192,11 @@ def check_recipe_of(
         f'{source}: it was quantized with another recipe (checkpoint and config): {"; ".join(found)}. They '
         f'differ for {layer!r}. Use the recipe it was made with, {advice}'
     )
+
+
+def _plan(recipe: Recipe, name: str, unit: QuantUnit) -> LayerPlan:
+    """The plan of a layer without the words for it."""
+    return dataclasses.replace(recipe.plan(name, unit.float_by_default), reason='')
 
 
 def _recipe_of(stamped: Mapping, source: str) -> Recipe:
@@ -179,6 +213,8 @@ def _recipe_of(stamped: Mapping, source: str) -> Recipe:
         )
     if version == 1:
         given['target'] = 'simulation'
+    if version < 3:
+        given['include'] = ['*']
     try:
         return Recipe.from_dict(given)
     except Q3DError as error:
@@ -193,9 +229,30 @@ def _unsigned_quantizer(state_dict: Mapping) -> str:
     return ''
 
 
-def stamp(recipe: Recipe) -> Dict[str, Any]:
-    """The entry of a quantized checkpoint's ``meta`` under :data:`META_KEY`."""
-    return {'recipe': recipe.to_dict(), 'version': __version__, 'format': FORMAT}
+def stamp(recipe: Recipe, model: Optional[nn.Module] = None) -> Dict[str, Any]:
+    """The entry of a quantized checkpoint's ``meta`` under :data:`META_KEY`.
+
+    Args:
+        recipe: Of the checkpoint.
+        model: Calibrated: which of its units have one scale is noted as far as calibration found it.
+    """
+    shared = [] if model is None else undeclared_groups(model)
+    return {
+        'recipe': recipe.to_dict(),
+        'version': __version__,
+        'format': FORMAT,
+        **({'shared_scales': shared} if shared else {}),
+    }
+
+
+def restore_sharing(meta: Optional[Mapping], model: nn.Module) -> None:
+    """Gives units one quantizer that had one when a checkpoint was saved; to be called before it is loaded.
+
+    Args:
+        meta: The checkpoint's ``meta``.
+        model: Configured by the recipe of the checkpoint.
+    """
+    share_scales(model, ((meta or {}).get(META_KEY) or {}).get('shared_scales', ()))
 
 
 def save_checkpoint(
@@ -214,6 +271,6 @@ def save_checkpoint(
     state = model.state_dict()
     for key, value in state.items():
         state[key] = value.detach().cpu()
-    content = {'meta': {**(meta or {}), META_KEY: stamp(recipe)}, state_key: state}
+    content = {'meta': {**(meta or {}), META_KEY: stamp(recipe, model)}, state_key: state}
     with replacing(Path(path)) as temporary:
         torch.save(content, str(temporary))

@@ -12,7 +12,7 @@ from q3d_plugin.layers import QuantUnit, is_converted, why_not
 from q3d_plugin.quantizer import Mode, Quantizer, Role, Stage
 from q3d_plugin.text import text_table
 
-__all__ = ['CoverageRow', 'coverage', 'coverage_table', 'write_coverage']
+__all__ = ['CoverageRow', 'coverage', 'coverage_table', 'residual_blocks', 'write_coverage']
 
 NO_DATA = 'saw no data during calibration'
 """Why a layer is float that no calibration frame reached."""
@@ -122,15 +122,40 @@ def coverage_table(rows: List[CoverageRow]) -> str:
     lines = [
         text_table(['layer', 'type', 'weight', 'input', 'input shared with', 'note'], [r[:6] for r in rows])
     ]
-    layers = [r for r in rows if r.kind not in ('Add', 'Concat')]
+    layers = [r for r in rows if r.kind not in ('Add', 'Concat', 'MatMul')]
     done = sum(r.quantized for r in layers)
     others = sum(r.quantized for r in rows if r.kind in ('Add', 'Concat'))
+    operands = [r.quantized for r in rows if r.kind == 'MatMul']
+    products = f', {sum(operands)} of {len(operands)} operands of matrix products' if operands else ''
     targets = [row.target for row in rows if row.target]
     engine = f', for target {targets[0]!r}' if targets else ''
-    lines.append(
-        f'{done} of {len(layers)} layers quantized, and {others} additions and concatenations{engine}'
-    )
+    operations = f'{others} additions and concatenations{products}'
+    lines.append(f'{done} of {len(layers)} layers quantized, and {operations}{engine}')
+    stages = residual_blocks(rows)
+    if stages:
+        lines.append('residual blocks: ' + ', '.join(f'{part} {counts}' for part, counts in stages.items()))
     return '\n'.join(lines)
+
+
+def residual_blocks(rows: List[CoverageRow]) -> Dict[str, List[int]]:
+    """Number of residual blocks with a quantized addition in each stage, by the module that holds the stages.
+
+    Args:
+        rows: Of the coverage table.
+
+    Examples:
+        >>> names = [f'backbone.layer{i}.{j}.add' for i, count in ((1, 3), (2, 4)) for j in range(count)]
+        >>> residual_blocks([CoverageRow(name, 'Add', '', 'int8', '', '') for name in names])
+        {'backbone': [3, 4]}
+    """
+    stages: Dict[str, Dict[str, int]] = {}
+    for row in rows:
+        # part.stage.block.add, where the blocks of a stage are numbered.
+        *part, stage, block, _ = row.name.split('.') if row.name.count('.') > 2 else ('', '', '')
+        if row.kind == 'Add' and row.quantized and block.isdecimal():
+            counts = stages.setdefault('.'.join(part), {})
+            counts[stage] = counts.get(stage, 0) + 1
+    return {part: list(counts.values()) for part, counts in stages.items()}
 
 
 def write_coverage(rows: List[CoverageRow], path: str) -> None:

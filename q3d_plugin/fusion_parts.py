@@ -19,8 +19,7 @@ from q3d_plugin.transforms.sharing import SharedScale
 __all__ = ['FRAGILE_HEAD', 'DepthFeatures', 'FloatByDefault', 'TopDownLevels', 'residual_readers']
 
 FRAGILE_HEAD = (
-    'float by default: transformer decoders are fragile (Q-DETR, CVPR 2023), and the head is FP16 in '
-    "NVIDIA's CUDA-BEVFusion"
+    "transformer decoders are fragile (Q-DETR, CVPR 2023), and NVIDIA's CUDA-BEVFusion has the head in FP16"
 )
 """Why a TransFusionHead is float. Xu et al. ("Q-DETR: An Efficient Low-Bit Quantized Detection Transformer",
 CVPR 2023) trace the loss of quantized decoders to their queries; NVIDIA's head is in the study, part B."""

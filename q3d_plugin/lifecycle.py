@@ -2,18 +2,18 @@
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, List, Optional
 
 from torch import nn
 
-from q3d_plugin.calibration import any_of_ranks, collect, compute_ranges
+from q3d_plugin.calibration import any_of_ranks, collect, compute_ranges, from_all_ranks
 from q3d_plugin.coverage import NO_DATA
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers.model import is_calibrated, layer_facts, quantizers, set_enabled, switched, units
 from q3d_plugin.quantizer import Role
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.transforms.insert import apply_recipe
-from q3d_plugin.transforms.sharing import check_sharing
+from q3d_plugin.transforms.sharing import check_sharing, share_scales
 from q3d_plugin.transforms.smooth_model import READ_ONCE, smooth_model
 
 __all__ = ['calibrate', 'check_recipe', 'configure', 'is_calibrated', 'quantizers', 'set_enabled', 'units']
@@ -21,12 +21,13 @@ __all__ = ['calibrate', 'check_recipe', 'configure', 'is_calibrated', 'quantizer
 _logger = logging.getLogger(__name__)
 
 
-def configure(model: nn.Module, recipe: Recipe) -> None:
+def configure(model: nn.Module, recipe: Recipe, logger: logging.Logger = None) -> None:
     """Gives ``model`` the quantizers that ``recipe`` asks for. Parameters are not touched.
 
     Args:
         model: A model with Quant types in it.
         recipe: Validated recipe.
+        logger: Where the presets of the recipe are written out.
 
     Raises:
         Q3DError: The model has no Quant types, a pattern matches no layer, or the target cannot run a layer.
@@ -40,6 +41,8 @@ def configure(model: nn.Module, recipe: Recipe) -> None:
             "type of each part that is to be quantized, such as type='QuantSECOND'"
         )
     check_recipe(model, recipe)
+    for text in recipe.presets([name for name, _ in found]):
+        (logger or _logger).info(text)
     apply_recipe(model, recipe)
     if recipe.mode == 'float':
         set_enabled(model, False)
@@ -58,26 +61,29 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
     recipe.check(layer_facts(model))
 
 
-def _compared(model: nn.Module, forward: Callable, logger: logging.Logger) -> Callable:
-    """``forward``; its first call compares which layers read one tensor with what was declared."""
-    looked = False
+class _Watched:
+    """``forward``; its first call finds out which units have to have one scale.
 
-    def compared(batch: Any) -> Any:
-        nonlocal looked
-        if looked:
-            return forward(batch)
-        looked, out = True, []
-        found = check_sharing(model, lambda: out.append(forward(batch)))
-        for group in found.apart:
-            logger.debug(f'these layers read one tensor and have quantizers of their own: {", ".join(group)}')
+    Attributes:
+        groups: Their names.
+    """
+
+    def __init__(self, model: nn.Module, forward: Callable, logger: logging.Logger) -> None:
+        self.model, self.forward, self.logger = model, forward, logger
+        self.groups: Optional[List[List[str]]] = None
+
+    def __call__(self, batch: Any) -> Any:
+        if self.groups is not None:
+            return self.forward(batch)
+        out: List[Any] = []
+        found = check_sharing(self.model, lambda: out.append(self.forward(batch)))
+        self.groups = found.scales
         for group in found.together:
-            logger.warning(
+            self.logger.warning(
                 f'these layers share a quantizer, as layers that read one tensor, but read several: '
                 f'{", ".join(group)}'
             )
         return out[0]
-
-    return compared
 
 
 def calibrate(
@@ -114,11 +120,17 @@ def calibrate(
     with switched(activations, True), switched(weights, False):
         for quantizer in weights:
             quantizer.used = False
-        seen = collect(model, batches, _compared(model, forward, logger), activations, names)
+        watched = _Watched(model, forward, logger)
+        seen = collect(model, batches, watched, activations, names)
+        # A rank without any frame has to build what the others have.
+        groups = [group for found in from_all_ranks(watched.groups or []) for group in found]
+        for members in share_scales(model, groups):
+            logger.debug(f'the inputs of these have one scale: {", ".join(members)}')
     if seen == 0 and smoothed:
         raise Q3DError(READ_ONCE.format(type(batches).__name__))
     if seen == 0:
         raise Q3DError('calibration: there is not one frame to calibrate on')
+    activations = [q for q in quantizers(model) if q.role is Role.ACTIVATION]
     empty = set(compute_ranges(activations))
     # A layer whose weight is read by other code, past its forward, never calls its weight's quantizer.
     unused = {q for q, used in zip(weights, any_of_ranks([q.used for q in weights])) if not used}

@@ -9,7 +9,6 @@ buffers that every framework's loader copies, signedness can be decided by calib
 """
 
 import dataclasses
-import enum
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
@@ -20,58 +19,11 @@ from torch import Tensor
 from q3d_plugin import numerics
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.memo import TensorMemo
+from q3d_plugin.modes import STAGES, UNSIGNED_MODES, Mode, Role, Stage
 from q3d_plugin.observer import MagnitudeHistogram
 from q3d_plugin.recipe import ActivationSpec, WeightSpec
 
 __all__ = ['ADVICE', 'UNSIGNED_MODES', 'Mode', 'Quantizer', 'Role', 'Stage', 'largest_magnitude']
-
-
-class Role(enum.Enum):
-    """The kind of tensor that a quantizer is for."""
-
-    WEIGHT = 'weight'
-    """One range per output channel."""
-    ACTIVATION = 'activation'
-    """One range."""
-
-
-class Stage(enum.Enum):
-    """The treatment that the next tensor gets from a quantizer."""
-
-    OFF = 'off'
-    """It was switched off: the tensor passes unchanged."""
-    OBSERVING = 'observing'
-    """It takes statistics; the tensor passes unchanged."""
-    UNCALIBRATED = 'uncalibrated'
-    """It has no range yet: a forward pass is an error."""
-    FLOAT = 'float'
-    """It was left float, because calibration saw no data: the tensor passes unchanged."""
-    STATIC = 'static'
-    """It quantizes by its range."""
-    DYNAMIC = 'dynamic'
-    """It quantizes by the largest magnitude of the current tensor."""
-
-
-class Mode(enum.IntEnum):
-    """Stage and signedness as one number, as checkpoints hold them. Switching off is not saved."""
-
-    UNCALIBRATED = 0
-    SIGNED = 1
-    UNSIGNED = 2
-    FLOAT = 3
-    DYNAMIC_SIGNED = 4
-    DYNAMIC_UNSIGNED = 5
-
-
-_STAGES = {
-    Mode.UNCALIBRATED: Stage.UNCALIBRATED,
-    Mode.SIGNED: Stage.STATIC,
-    Mode.UNSIGNED: Stage.STATIC,
-    Mode.FLOAT: Stage.FLOAT,
-    Mode.DYNAMIC_SIGNED: Stage.DYNAMIC,
-    Mode.DYNAMIC_UNSIGNED: Stage.DYNAMIC,
-}
-UNSIGNED_MODES = (Mode.UNSIGNED, Mode.DYNAMIC_UNSIGNED)
 
 
 ADVICE: List[str] = []
@@ -161,7 +113,7 @@ class Quantizer(TensorQuantizer):
             return Stage.OFF
         if self.observer is not None:
             return Stage.OBSERVING
-        return _STAGES[self._mode] if self._if_quant else Stage.OFF
+        return STAGES[self._mode] if self._if_quant else Stage.OFF
 
     @property
     def enabled(self) -> bool:
@@ -171,7 +123,7 @@ class Quantizer(TensorQuantizer):
     @property
     def has_range(self) -> bool:
         """Whether calibration, or whoever set ``amax``, gave it a range, switched on or not."""
-        return _STAGES[self._mode] is Stage.STATIC
+        return STAGES[self._mode] is Stage.STATIC
 
     @property
     def mode(self) -> Mode:
@@ -187,7 +139,7 @@ class Quantizer(TensorQuantizer):
         # Kept apart: looked at in every forward pass.
         self._mode = mode
         self._unsigned = mode in UNSIGNED_MODES
-        self._dynamic = _STAGES[mode] is Stage.DYNAMIC
+        self._dynamic = STAGES[mode] is Stage.DYNAMIC
         self._memo.clear()
 
     # The properties of a TensorQuantizer that can be set.
@@ -199,7 +151,7 @@ class Quantizer(TensorQuantizer):
 
     @unsigned.setter
     def unsigned(self, value: bool) -> None:
-        if _STAGES[self._mode] in (Stage.STATIC, Stage.DYNAMIC):
+        if STAGES[self._mode] in (Stage.STATIC, Stage.DYNAMIC):
             self._set_ranged(bool(value), self._dynamic)
         else:
             # QuantDescriptor and spec say it in advance.
@@ -274,6 +226,17 @@ class Quantizer(TensorQuantizer):
         self.observer = MagnitudeHistogram()
         self.finite = True
         self._memo.clear()
+
+    def counted(self, x: Tensor) -> bool:
+        """Whether another layer that shares it has read this tensor, which is in the statistics then."""
+        return self._remembered(x) is not None
+
+    def join(self, other: 'Quantizer') -> None:
+        """Takes over the statistics and the layers of another quantizer of the same spec."""
+        if other.observer is not None:
+            self.observer.merge(other.observer)
+        self.finite, self.used = self.finite and other.finite, self.used or other.used
+        self.owners += [name for name in other.owners if name not in self.owners]
 
     def set_range(self, amax: Tensor, unsigned: bool = False) -> None:
         """Ends calibration with a range.

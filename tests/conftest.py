@@ -10,9 +10,14 @@ from pathlib import Path
 # commands that tests start inherit it.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile('suite', deadline=None)
+hypothesis.settings.load_profile('suite')
 
 
 @pytest.fixture(autouse=True)

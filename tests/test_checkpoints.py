@@ -20,6 +20,8 @@ def configured(recipe):
     torch.manual_seed(3)
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)
     model = quantize_(nn.Sequential(*layers)).eval()
+    if recipe.include:
+        model[3].float_by_default = 'the last layer of these checkpoints'
     lifecycle.configure(model, recipe)
     return model
 
@@ -89,6 +91,19 @@ def test_an_entry_that_this_version_does_not_know_is_refused():
         checkpoints.check_recipe_of({checkpoints.META_KEY: stamped}, {}, configured(Recipe()), Recipe())
 
 
+def test_older_checkpoints_quantize_what_is_float_by_default_today():
+    content = torch.load(DATA / 'format2_tensorrt.pth', weights_only=True)
+    place = content['meta'], content['state_dict']
+    for include, fits in ((['3'], True), ([], False)):
+        recipe = Recipe.from_dict(dict(include=include))
+        model = configured(Recipe.from_dict(dict(include=['3'])))
+        if fits:
+            checkpoints.check_recipe_of(*place, model, recipe)
+        else:
+            with pytest.raises(Q3DError, match=r"recipe\.include: \['\*'\] and \[\]\. They differ for '3'"):
+                checkpoints.check_recipe_of(*place, model, recipe)
+
+
 def test_a_newer_format_is_refused_with_the_version_to_install():
     stamped = {**checkpoints.stamp(Recipe()), 'format': checkpoints.FORMAT + 1, 'version': '9.8.7'}
     with pytest.raises(Q3DError, match=r'newer version of this plugin \(9\.8\.7'):
@@ -104,6 +119,7 @@ def test_a_newer_format_is_refused_with_the_version_to_install():
         ('format1_signed', {}),
         ('format2_tensorrt', {}),
         ('format2_openvino', dict(target='openvino')),
+        ('format3_include', dict(include=['3'])),
     ],
 )
 def test_stored_checkpoints_of_every_format_compute_what_they_did(name, recipe):

@@ -27,6 +27,7 @@ LAYERS = {
     'linear': 'linear layers',
     'sparse': 'sparse convolutions',
     'elementwise': 'additions and concatenations',
+    'matmul': 'products of two activations',
 }
 
 

@@ -1,6 +1,7 @@
 """The life of a quantized model: configure, check and load a checkpoint, calibrate, save, report."""
 
 import copy
+import json
 import logging
 import os
 import pickle
@@ -493,10 +494,19 @@ def test_coverage_says_when_quantizers_are_switched_off():
 
 
 def test_coverage_of_a_loaded_checkpoint_is_that_of_the_calibrated_model():
-    source, target = calibrated(), configured()
-    target.load_state_dict(source.state_dict())
-    for mine, theirs in zip(coverage(target), coverage(source)):
-        assert mine[:5] == theirs[:5]
+    source, target, bare = calibrated(), configured(), configured()
+    # That the last two read one tensor was found in calibration; the stamp of a checkpoint holds it.
+    stamped = json.loads(json.dumps(checkpoints.stamp(Recipe(), source)))
+    assert stamped['shared_scales'] == [['add', 'concat']]
+    checkpoints.restore_sharing({checkpoints.META_KEY: stamped}, target)
+    for model in (target, bare):
+        model.load_state_dict(source.state_dict())
+    for mine, plain, theirs in zip(coverage(target), coverage(bare), coverage(source)):
+        assert mine[:5] == theirs[:5] and plain[:4] == theirs[:4]
+    assert target.concat.input_quantizer is target.add.input_quantizer
+    assert bare.concat.input_quantizer is not bare.add.input_quantizer
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(target(x), source(x)) and torch.equal(bare(x), source(x))
 
 
 def test_a_copy_of_a_calibrated_model_is_independent_and_the_same():

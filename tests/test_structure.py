@@ -28,7 +28,7 @@ LEVELS = (
         'scratch',
     ),
     ('numerics', 'recipe'),
-    ('observer',),
+    ('observer', 'modes'),
     ('quantizer',),
     ('layers',),
     ('calibration',),

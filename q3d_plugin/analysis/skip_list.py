@@ -214,7 +214,7 @@ def choose_unsmoothed(
     references = float_outputs(Switch(bench.model), bench.forward, batches)
     layers = dict(lifecycle.units(bench.model))
     smoothed = [n for n in ranking if isinstance(layers[n], QuantWeightLayer)]
-    smoothed = [n for n in smoothed if recipe.plan(n).smooth is not None]
+    smoothed = [n for n in smoothed if layers[n].smooth_spec is not None]
     out, best = SkipList(budget=budget), (float('inf'), float('inf'))
     for length in doubling(min(most, len(smoothed))):
         names = smoothed[:length]

@@ -3,8 +3,10 @@
     q3d spoil-checkpoint CONFIG CHECKPOINT OUT.pth --layers '*backbone*' --factor 50 --share 0.05
 
 Some channels between two layers are multiplied by a factor in the layer that writes them and divided by it in
-the layers that read them. An activation has one scale, so that its other channels lose their bits. CONFIG has
-Quant types, by which the layers are found; CHECKPOINT is float, and so is OUT.pth, with the same keys.
+the layers that read them. An activation has one scale, so that its other channels lose their bits. A
+LayerNorm writes channels too, as before the linear layers of a Swin: its weight and bias are multiplied.
+CONFIG has Quant types, by which the layers are found; CHECKPOINT is float, and so is OUT.pth, with the same
+keys.
 """
 
 import argparse
@@ -21,10 +23,9 @@ from q3d_plugin.bench import Bench
 from q3d_plugin.commands import _common
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import replacing
-from q3d_plugin.layers import QuantWeightLayer
 from q3d_plugin.recipe import matches
 from q3d_plugin.shipped import find_shipped
-from q3d_plugin.transforms.graph import ChannelGraph
+from q3d_plugin.transforms.graph import ChannelGraph, graph_of
 
 TOLERANCE = 1e-3
 
@@ -32,8 +33,7 @@ TOLERANCE = 1e-3
 def watched_graph(bench: Bench, batch) -> ChannelGraph:
     """Who reads which channel, from one forward pass in float."""
     lifecycle.set_enabled(bench.model, False)
-    layers = {n: u for n, u in lifecycle.units(bench.model) if isinstance(u, QuantWeightLayer)}
-    graph = ChannelGraph(layers)
+    graph = graph_of(bench.model)
     with torch.no_grad(), graph.watching() as watch:
         watch.returned(bench.forward(batch))
     return graph
@@ -61,10 +61,11 @@ def choose_factors(
     produced = np.zeros(len(sets), dtype=bool)
     for name in graph.called:
         produced[sets[graph.written(name)]] = True
-    meant = [n for n in graph.called if any(matches(p, n) for p in patterns)]
+    readers = [name for name in graph.called if name in graph.layers]
+    meant = [n for n in readers if any(matches(p, n) for p in patterns)]
     if not meant:
         raise Q3DError(
-            f'--layers {" ".join(patterns)}: no layer of the model matches, such as {graph.called[0]!r}'
+            f'--layers {" ".join(patterns)}: no layer of the model matches, such as {readers[0]!r}'
         )
     draw, by_set = np.random.default_rng(seed), np.ones(len(sets))
     for name in meant:
@@ -76,7 +77,15 @@ def choose_factors(
     factors = by_set[sets]
     if (factors == 1).all():
         raise Q3DError(f'--layers {" ".join(patterns)}: {graph.reason(graph.read(meant[0]))} ({meant[0]})')
-    return factors, [n for n in graph.called if (factors[graph.read(n)] != 1).any()]
+    return factors, [n for n in readers if (factors[graph.read(n)] != 1).any()]
+
+
+def hold_parts_(graph: ChannelGraph, state: Mapping) -> None:
+    """Fixes the channels of layers whose weight is a part of a parameter, as the projections of attention."""
+    for name in graph.layers:
+        if f'{name}.weight' not in state:
+            for slots in (graph.read(name), graph.written(name)):
+                graph.fix(slots, f'the weight of {name} is a part of another parameter')
 
 
 def spoiled(
@@ -92,13 +101,21 @@ def spoiled(
     def scaled(key: str, value: torch.Tensor) -> None:
         out[key] = value.to(state[key].dtype).contiguous()
 
+    def scaled_norm(name: str, factor: torch.Tensor) -> None:
+        for part in ('weight', 'bias'):
+            if f'{name}.{part}' in state:
+                scaled(f'{name}.{part}', state[f'{name}.{part}'].double() * factor)
+
+    for name in graph.norms:
+        scaled_norm(name, torch.from_numpy(factors[graph.written(name)]))
     for name, layer in graph.layers.items():
+        if f'{name}.weight' not in state:
+            continue  # held by hold_parts_
         into = torch.from_numpy(1 / factors[graph.read(name)])
         written = torch.from_numpy(factors[graph.written(name)])
         weight = layer.scale_input(state[f'{name}.weight'].double(), into)
         if name in norms and f'{norms[name]}.weight' in state:
-            for part in ('weight', 'bias'):
-                scaled(f'{norms[name]}.{part}', state[f'{norms[name]}.{part}'].double() * written)
+            scaled_norm(norms[name], written)
         else:
             weight = layer.scale_output(weight, written)
             if f'{name}.bias' in state:
@@ -148,6 +165,7 @@ def run(args: argparse.Namespace) -> str:
         raise Q3DError(f'checkpoint {args.checkpoint!r} is quantized: a float one would work')
     batch = next(iter(bench.frames('train', 1)))
     graph = watched_graph(bench, batch)
+    hold_parts_(graph, content[key])
     factors, names = choose_factors(graph, args.layers, args.factor, args.share, args.seed)
     for name, value in spoiled(bench, graph, factors, content[key]).items():
         content[key][name] = value

@@ -11,6 +11,7 @@ from q3d_plugin.layers.base import (
     why_not,
 )
 from q3d_plugin.layers.elementwise import QuantAdd, QuantConcat
+from q3d_plugin.layers.matmul import QuantMatMul
 
 try:
     from q3d_plugin.layers import sparse
@@ -21,6 +22,7 @@ __all__ = [
     'InputGroup',
     'QuantAdd',
     'QuantConcat',
+    'QuantMatMul',
     'QuantUnit',
     'QuantWeightLayer',
     'REGISTRY',

@@ -71,6 +71,9 @@ class QuantUnit(nn.Module):
     family = 'elementwise'
     """The kind of layer that engines tell it for; one of :data:`q3d_plugin.recipe.FAMILIES`."""
 
+    float_by_default = ''
+    """Why the unit stays float unless the recipe's ``include`` names it; set where a part is set up."""
+
     def _init_unit(self) -> None:
         self.input_quantizer = None
         self.input_group: Optional[InputGroup] = None
@@ -95,9 +98,10 @@ class QuantUnit(nn.Module):
         self.float_reason, self.target = plan.reason, plan.target
         self.input_quantizer = None
         if plan.activation is not None:
-            # Layers that are smoothed in another way read the tensor in another scale.
+            # Layers that are smoothed in another way read the tensor in another scale. Operations without a
+            # weight are never smoothed.
             group = id(self.input_group) if self.input_group is not None else name
-            key = (group, plan.activation, plan.smooth)
+            key = (group, plan.activation, plan.smooth if hasattr(self, 'weight') else None)
             if key not in shared:
                 built = self._built.get('input')
                 if built is None or any(built is other for other in shared.values()):

@@ -23,7 +23,7 @@ class QuantAdd(QuantUnit):
             ``a <= -b`` gives ``clip(a) <= -clip(b)``. (The branch of a residual block has large negative
             values that the ReLU removes; a range that covers them wastes half of the integers.) Only
             signedness is decided by all places: without negative integers, ``a = -5`` would become 0, and its
-            sum with ``b = 3`` positive.
+            sum with ``b = 3`` positive. An input that a layer sharing the quantizer reads too counts whole.
     """
 
     kind = 'Add'
@@ -42,7 +42,8 @@ class QuantAdd(QuantUnit):
             for x in (a, b):
                 if quantizer.spec.unsigned == 'auto':  # else the sign is settled
                     quantizer.observer.note_sign(x)
-                quantizer(x.expand_as(total).reshape(-1).index_select(0, kept))
+                if not quantizer.counted(x):
+                    quantizer(x.expand_as(total).reshape(-1).index_select(0, kept))
             return total
         if quantizer is not None and quantizer.dynamic:
             amax = largest_magnitude(a, b)
@@ -63,7 +64,7 @@ class QuantConcat(QuantUnit):
         quantizer = self.input_quantizer
         if quantizer is not None and quantizer.dynamic:
             return quantizer(torch.cat(list(tensors), dim=dim))
-        if torch.is_grad_enabled() or quantizer is None or quantizer.shared:
+        if torch.is_grad_enabled() or quantizer is None:
             return torch.cat([self.quantize_input(t) for t in tensors], dim=dim)
         # The same values without a quantized copy of every input: at the neck of a detector, where the
         # largest tensors meet, those copies would be the peak of its memory.

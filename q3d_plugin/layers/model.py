@@ -28,7 +28,10 @@ def units(model: nn.Module) -> List[Tuple[str, QuantUnit]]:
 
 def layer_facts(model: nn.Module) -> List[LayerFacts]:
     """The facts by which a recipe is checked, for every layer, addition and concatenation of the model."""
-    return [LayerFacts(name, unit.family, hasattr(unit, 'weight')) for name, unit in units(model)]
+    return [
+        LayerFacts(name, unit.family, hasattr(unit, 'weight'), unit.float_by_default)
+        for name, unit in units(model)
+    ]
 
 
 def quantizers(model: nn.Module) -> List[Quantizer]:

@@ -49,8 +49,9 @@ class Detector:
     def extract_feat(self, batch_inputs_dict, batch_input_metas, **kwargs):
         """The map that the head reads; of a frame with other images than in calibration an error."""
         if self.img_backbone is not None:
-            images = batch_inputs_dict.get('imgs')
-            self.camera_input.check(images, quantizers(self.img_backbone))
+            parts = (self.img_backbone, self.img_neck, self.view_transform)
+            ranged = (q for part in parts for q in quantizers(part))
+            self.camera_input.check(batch_inputs_dict.get('imgs'), ranged)
         return super().extract_feat(batch_inputs_dict, batch_input_metas, **kwargs)
 
 

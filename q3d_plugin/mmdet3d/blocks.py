@@ -3,7 +3,7 @@
 
 from typing import Dict, Optional, Type
 
-from mmdet.models.backbones import resnet, resnext
+from mmdet.models.backbones import resnet, resnext, swin
 from mmdet3d.models.backbones import dla
 from mmdet3d.models.dense_heads.centerpoint_head import SeparateHead
 from mmdet3d.models.layers.sparse_block import SparseBasicBlock, replace_feature
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from q3d_plugin.layers import QuantAdd, QuantConcat
+from q3d_plugin.layers.window_attention import WindowAttention
 from q3d_plugin.transforms.insert import first_layer, share_input
 
 __all__ = ['BLOCKS', 'QuantSparseBasicBlock', 'SECONDFPNForward', 'SharedAnchorBranches', 'SharedBranches']
@@ -23,8 +24,7 @@ class QuantSparseBasicBlock(SparseBasicBlock):
     def setup_quant(self) -> None:
         """Makes the addition and shares the block's input."""
         self.add = QuantAdd(before_relu=True)
-        if self.downsample is not None:
-            share_input([self.conv1, first_layer(self.downsample)])
+        share_input([self.conv1, self.add if self.downsample is None else first_layer(self.downsample)])
 
     def forward(self, x):
         out = self.conv1(x)
@@ -38,13 +38,16 @@ class QuantSparseBasicBlock(SparseBasicBlock):
 
 
 class _ResNetBlock:
-    """Residual blocks of mmdet's ResNets: the addition has one quantizer for both inputs, and the shortcut's
-    convolution shares that of the block's input (STUDY part B)."""
+    """Residual blocks of mmdet's ResNets: the addition has one quantizer for both inputs, that of the block's
+    input where the shortcut is the input itself; a shortcut's convolution shares that of the block's input
+    (STUDY part B)."""
 
     def setup_quant(self) -> None:
         self.add = QuantAdd(before_relu=True)
+        if self.downsample is None:
+            share_input([self.conv1, self.add])
         # Where the shortcut begins with a pooling, its convolution reads another tensor.
-        if self.downsample is not None and first_layer(self.downsample) is self.downsample[0]:
+        elif first_layer(self.downsample) is self.downsample[0]:
             share_input([self.conv1, self.downsample[0]])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,8 +85,8 @@ class _ImVoxelBlock:
 
     def setup_quant(self) -> None:
         self.add = QuantAdd(before_relu=True)
-        if self.stride != 1:
-            share_input([first_layer(self.conv0), first_layer(self.downsample)])
+        first = first_layer(self.conv0)
+        share_input([first, self.add if self.stride == 1 else first_layer(self.downsample)])
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv1(self.conv0(x))
@@ -131,5 +134,6 @@ BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {
     resnext.Bottleneck: _block(resnext.Bottleneck, _ResNetBlock),
     dla.BasicBlock: _block(dla.BasicBlock, _DLABlock),
     ResModule: _block(ResModule, _ImVoxelBlock),
+    swin.WindowMSA: _block(swin.WindowMSA, WindowAttention),
 }
 """Float block class -> quantized block class."""

@@ -135,7 +135,7 @@ class MMDet3D(Adapter):
 
 @contextlib.contextmanager
 def _few_words() -> Iterator[None]:
-    """Within, MMEngine logs warnings alone: backbones that initialize themselves list all parameters."""
+    """Within, MMEngine logs warnings alone: backbones list all parameters that they initialize."""
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel(max(level, logging.WARNING))

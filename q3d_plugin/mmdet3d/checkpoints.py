@@ -54,6 +54,8 @@ def check_checkpoint(
 ) -> Dict[str, Any]:
     """Checks that a checkpoint belongs to a configured model and, if it is quantized, to its recipe.
 
+    Units that shared a quantizer in a quantized checkpoint share one afterwards.
+
     Args:
         checkpoint: As read from the file.
         model: The model that it will go into.
@@ -75,5 +77,6 @@ def check_checkpoint(
     state = {k[7:] if k.startswith('module.') else k: v for k, v in state.items()}
     if checkpoints.is_quantized_checkpoint(state):
         checkpoints.check_recipe_of(checkpoint.get('meta'), state, model, recipe, source)
+        checkpoints.restore_sharing(checkpoint.get('meta'), model)
     checkpoints.check_state_dict(model, state, source)
     return state

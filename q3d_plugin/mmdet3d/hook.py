@@ -64,7 +64,7 @@ class QuantHook(Hook):
         if runner._load_from is not None:
             self._source = f'checkpoint {str(runner._load_from)!r}'
             check_checkpoint_file(runner._load_from)
-        lifecycle.configure(self._model(runner), self.recipe)
+        lifecycle.configure(self._model(runner), self.recipe, runner.logger)
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Checks that the checkpoint belongs to this model and, if it is quantized, to this recipe.
@@ -118,7 +118,9 @@ class QuantHook(Hook):
             runner (Runner): The runner of the training process.
             checkpoint (dict): What will be saved.
         """
-        checkpoint.setdefault('meta', {})[checkpoints.META_KEY] = checkpoints.stamp(self.recipe)
+        checkpoint.setdefault('meta', {})[checkpoints.META_KEY] = checkpoints.stamp(
+            self.recipe, self._model(runner)
+        )
 
     def _ensure_calibrated(self, runner) -> None:
         model = self._model(runner)

@@ -7,7 +7,7 @@ from typing import Any, Dict, Optional
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from q3d_plugin import checkpoints, safe_load
 from q3d_plugin.checkpoint_file import check_checkpoint_file
@@ -65,16 +65,17 @@ def read_checkpoint(filename: str, source: str) -> Dict[str, Any]:
     return checkpoint
 
 
-def pack_recipe(recipe: Recipe) -> Tensor:
+def pack_recipe(recipe: Recipe, model: Optional[nn.Module] = None) -> Tensor:
     """The recipe as a tensor: OpenPCDet's training checkpoints have no place but the ``state_dict``.
 
     Args:
         recipe: Any recipe.
+        model: As in :func:`q3d_plugin.checkpoints.stamp`.
 
     Returns:
         Tensor: (N,) uint8, the JSON text.
     """
-    text = json.dumps(checkpoints.stamp(recipe), sort_keys=True)
+    text = json.dumps(checkpoints.stamp(recipe, model), sort_keys=True)
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 

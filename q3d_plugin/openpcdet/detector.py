@@ -58,8 +58,12 @@ class QuantDetectorMixin:
         self._q3d_ready = False
         self._q3d_saved = set()
         self._q3d_logger = getattr(dataset, 'logger', None) or logging.getLogger('q3d_plugin')
-        lifecycle.configure(self, recipe)
+        lifecycle.configure(self, recipe, self._q3d_logger)
         self.register_buffer(RECIPE_KEY, pack_recipe(recipe))
+
+    def _q3d_note_recipe(self) -> None:
+        packed = pack_recipe(self.quant_recipe, self)
+        self._buffers[RECIPE_KEY] = packed.to(self._buffers[RECIPE_KEY].device)
 
     # Loading.
 
@@ -159,6 +163,8 @@ class QuantDetectorMixin:
         recipe = unpack_recipe(state.pop(RECIPE_KEY, None))
         if checkpoints.is_quantized_checkpoint(state):
             checkpoints.check_recipe_of(recipe, state, self, self.quant_recipe, source)
+            checkpoints.restore_sharing(recipe, self)
+            self._q3d_note_recipe()
         mine = self.state_dict()
         self._q3d_permute(state, mine)
         # The recipe of this run is the one that goes on; and early checkpoints do not count steps.
@@ -233,6 +239,7 @@ class QuantDetectorMixin:
             )
             batches = with_progress(loader, logger, 'QuantDetector')
             seen = lifecycle.calibrate(self, batches, forward, names=frame_name, logger=logger)
+            self._q3d_note_recipe()
         logger.info(f'QuantDetector: calibrated on {seen} frames in {time.time() - start:.1f} s')
         folder = _folder_of(logger)
         if rank_and_world()[0] == 0 and folder is not None:

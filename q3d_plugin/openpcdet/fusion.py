@@ -27,7 +27,9 @@ class _LooksAtImages:
 
     def forward(self, batch_dict: Dict[str, Any]):
         if getattr(self, 'image_backbone', None) is not None:
-            self.camera_input.check(batch_dict.get('camera_imgs'), quantizers(self.image_backbone))
+            parts = (self.image_backbone, self.neck, self.vtransform)
+            ranged = (q for part in parts for q in quantizers(part))
+            self.camera_input.check(batch_dict.get('camera_imgs'), ranged)
         return super().forward(batch_dict)
 
 

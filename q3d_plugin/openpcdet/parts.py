@@ -15,6 +15,7 @@ from torch import nn
 
 from q3d_plugin.fusion_parts import DepthFeatures
 from q3d_plugin.layers import QuantAdd, QuantConcat
+from q3d_plugin.layers.window_attention import WindowAttention
 from q3d_plugin.openpcdet import fusion
 from q3d_plugin.openpcdet.detector import QuantDetectorMixin
 from q3d_plugin.openpcdet.registries import registry_of
@@ -25,12 +26,12 @@ __all__ = ['BLOCKS', 'PARTS', 'Part', 'register_parts']
 
 
 class _Residual:
-    """Residual block: its addition has one quantizer for both inputs, and the shortcut shares the input's."""
+    """Residual block: its addition has one quantizer for both inputs, and whatever reads the block's input
+    shares one."""
 
     def setup_quant(self) -> None:
         self.add = QuantAdd(before_relu=True)
-        if self._shortcut() is not None:
-            share_input(self.input_layers())
+        share_input(self.input_layers())
 
     def _shortcut(self) -> Optional[nn.Module]:
         # BaseBEVResBackbone has a flag and a layer, the sparse backbones the layer or None.
@@ -39,9 +40,9 @@ class _Residual:
         return self.downsample_layer if self.downsample else None
 
     def input_layers(self) -> List[nn.Module]:
-        """The layers that read the block's input."""
+        """What reads the block's input."""
         shortcut = self._shortcut()
-        return [self.conv1] + ([] if shortcut is None else [first_layer(shortcut)])
+        return [self.conv1, self.add if shortcut is None else first_layer(shortcut)]
 
 
 class _SparseResidual(_Residual):
@@ -225,6 +226,7 @@ _BLOCKS = (
     ('backbones_3d.spconv_unet', 'SparseBasicBlock', _SparseResidual),
     ('backbones_3d.spconv_backbone_2d', 'BasicBlock', _DenseResidual),
     ('backbones_2d.base_bev_backbone', 'BasicBlock', _DenseResidual),
+    ('backbones_image.swin', 'WindowMSA', WindowAttention),
 )
 
 BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {}

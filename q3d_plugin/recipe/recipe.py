@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from q3d_plugin.errors import Q3DError
+from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.files import plain
 from q3d_plugin.recipe.patterns import matches, matches_none
+from q3d_plugin.recipe.presets import PREFIX, described, expanded, missing, skips
 from q3d_plugin.recipe.schema import (
     Place,
     choice,
@@ -39,11 +40,13 @@ class LayerFacts(NamedTuple):
         name: Dotted name in the model.
         family: One of :data:`q3d_plugin.recipe.targets.FAMILIES`.
         weighted: Whether it has a weight.
+        float_by_default: Why it stays float unless the recipe includes it; empty where it is quantized.
     """
 
     name: str
     family: str
     weighted: bool
+    float_by_default: str = ''
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class Recipe:
         target: The engine that the model is meant for; a key of :data:`q3d_plugin.recipe.targets.TARGETS`.
         weight: How weights are quantized; None leaves them float.
         activation: How inputs are quantized; None leaves them float.
-        skip: Patterns of layers that stay float: they have no quantizer at all.
+        skip: Patterns of layers that stay float, and names of presets: they have no quantizer at all.
+        include: Patterns of layers that stay float by default, such as the head of BEVFusion, and are to be
+            quantized.
         overrides: Other specs for some layers.
         calibration: The frames that ranges are taken from.
         smoothquant: Which layers have scales moved from their inputs to their weights; None for no layer.
@@ -73,7 +78,8 @@ class Recipe:
     target: str = entry(choice(*TARGETS), 'tensorrt')
     weight: Optional[WeightSpec] = entry(optional(section(WeightSpec)), WeightSpec())
     activation: Optional[ActivationSpec] = entry(optional(section(ActivationSpec)), ActivationSpec())
-    skip: Tuple[str, ...] = entry(patterns('*bbox_head*.heatmap.1'), ())
+    skip: Tuple[str, ...] = entry(skips('*bbox_head*.heatmap.1'), ())
+    include: Tuple[str, ...] = entry(patterns('*bbox_head.heatmap_head*'), ())
     overrides: Tuple[Override, ...] = entry(listed(section(Override)), ())
     calibration: CalibrationSpec = entry(section(CalibrationSpec), CalibrationSpec())
     smoothquant: Optional[SmoothQuantSpec] = entry(optional(section(SmoothQuantSpec)), None)
@@ -103,11 +109,18 @@ class Recipe:
         """The target's line in the table of engines."""
         return TARGETS[self.target]
 
-    def plan(self, name: str) -> LayerPlan:
-        """The part of the recipe that concerns the layer ``name``."""
-        for pattern in self.skip:
+    def plan(self, name: str, float_by_default: str = '') -> LayerPlan:
+        """The part of the recipe that concerns one layer.
+
+        Args:
+            name: Dotted name of the layer.
+            float_by_default: Why it stays float unless the recipe includes it; empty where it is quantized.
+        """
+        for pattern, reason in expanded(self.skip):
             if matches(pattern, name):
-                return LayerPlan(None, None, f'skipped by {pattern!r}', target=self.target)
+                return LayerPlan(None, None, reason, target=self.target)
+        if float_by_default and not any(matches(pattern, name) for pattern in self.include):
+            return LayerPlan(None, None, f'float by default: {float_by_default}', target=self.target)
         weight, activation = self.weight, self.activation
         for _, override in self._overrides_of(name):
             weight = _changed(weight, override.weight, WeightSpec)
@@ -129,11 +142,20 @@ class Recipe:
         """
         names = [layer.name for layer in layers]
         for place, pattern in self._patterns():
-            if not any(matches(pattern, name) for name in names):
+            if pattern.startswith(PREFIX):
+                lacking = missing(pattern, names)
+                if lacking:
+                    raise Q3DError.at(
+                        place,
+                        pattern,
+                        f'no layer here is {" or ".join(lacking)}; a list of patterns would work',
+                    )
+            elif not any(matches(pattern, name) for name in names):
                 raise Q3DError(matches_none(place, pattern, names, 'quantized layers'), str(place), pattern)
-        self._check_smoothing([layer.name for layer in layers if layer.weighted])
+        self._check_include([layer for layer in layers if layer.float_by_default])
+        self._check_smoothing([layer for layer in layers if layer.weighted])
         for layer in layers:
-            plan = self.plan(layer.name)
+            plan = self.plan(layer.name, layer.float_by_default)
             for problem in self.engine.problems(plan, layer.family):
                 able = [n for n, t in TARGETS.items() if not any(t.problems(plan, layer.family))]
                 raise self._refused(self._origin(layer.name, problem.key), problem, able, layer.name)
@@ -143,14 +165,34 @@ class Recipe:
             if any(matches(p, name) for p in override.layers):
                 yield i, override
 
+    def presets(self, names: Sequence[str]) -> List[str]:
+        """The presets of ``skip``, written out for a log.
+
+        Args:
+            names: Names of the layers of the model.
+        """
+        return [described(entry, names) for entry in self.skip if entry.startswith(PREFIX)]
+
     def _patterns(self) -> Iterator[Tuple[Place, str]]:
         yield from _items(self.place.key('skip'), self.skip)
+        yield from _items(self.place.key('include'), self.include)
         for i, override in enumerate(self.overrides):
             yield from _items(self.place.key('overrides').item(i).key('layers'), override.layers)
 
-    def _check_smoothing(self, names: Sequence[str]) -> None:
+    def _check_include(self, layers: Sequence[LayerFacts]) -> None:
+        for place, pattern in _items(self.place.key('include'), self.include):
+            if pattern != '*' and not any(matches(pattern, layer.name) for layer in layers):
+                raise Q3DError.at(
+                    place,
+                    pattern,
+                    'the layers that it means are quantized without it'
+                    + near_matches(pattern.strip('*'), [layer.name for layer in layers]),
+                )
+
+    def _check_smoothing(self, layers: Sequence[LayerFacts]) -> None:
         if self.smoothquant is None:
             return
+        names, defaults = [layer.name for layer in layers], {x.name: x.float_by_default for x in layers}
         place = self.place.key('smoothquant')
         found = list(_items(place.key('layers'), self.smoothquant.layers))
         for i, override in enumerate(self.smoothquant.overrides):
@@ -160,7 +202,7 @@ class Recipe:
             if not meant:
                 message = matches_none(place, pattern, names, 'layers with a weight')
                 raise Q3DError(message, str(place), pattern)
-            plans = [self.plan(name) for name in meant]
+            plans = [self.plan(name, defaults[name]) for name in meant]
             if not any(plan.weight or plan.activation for plan in plans):
                 more = f' (and {len(meant) - 1} more)' if len(meant) > 1 else ''
                 hint = 'a pattern of layers that have quantizers would work'

@@ -11,9 +11,9 @@ from q3d_plugin.recipe.specs import ActivationSpec, LayerPlan
 
 __all__ = ['FAMILIES', 'TARGETS', 'Problem', 'Rule', 'Target']
 
-FAMILIES = ('convolution', 'linear', 'sparse', 'elementwise')
+FAMILIES = ('convolution', 'linear', 'sparse', 'elementwise', 'matmul')
 """Kinds of layers that engines treat differently: dense convolutions (transposed ones too), linear layers and
-projections of attention, sparse convolutions, additions and concatenations."""
+projections of attention, sparse convolutions, additions and concatenations, products of two activations."""
 
 
 class Rule(NamedTuple):
@@ -149,7 +149,7 @@ TARGETS: Dict[str, Target] = {
                     (8,),
                     'INT4 is for the weights of matrix products alone',
                     _TENSORRT,
-                    ('convolution', 'sparse', 'elementwise'),
+                    ('convolution', 'sparse', 'elementwise', 'matmul'),
                     weight_only=True,
                 ),
                 *_common(_TENSORRT),

@@ -287,7 +287,15 @@ class OperatorRules:
         gone = 0 if kept else sum(d < trail.axis for d in dims)
         return self._trails.follow(out, trail.slots, trail.axis - gone)
 
-    # Picking and scattering: pillars and voxels on a grid that was empty.
+    # Picking, moving and scattering: windows that are shifted, pillars and voxels on a grid that was empty.
+
+    def _op_roll(self, args, kwargs, out) -> bool:
+        # Without axes the elements move as if there were one axis.
+        dims = args[2] if len(args) > 2 else kwargs.get('dims', ())
+        dims = [dims] if isinstance(dims, int) else dims
+        trail = self._trails.of(args[0])
+        moved = {d % out.dim() for d in dims}
+        return bool(moved) and trail.axis not in moved and self._like_first(args, kwargs, out)
 
     def _op_index_select(self, args, kwargs, out) -> bool:
         trail = self._trails.of(args[0])

@@ -10,6 +10,8 @@ Slots that must have one scale are one set: the output of a convolution and the 
 through ReLU; both inputs and the output of an addition. A set is *free* where nothing that cannot follow a
 scale takes part: the input of the model, its outputs, a sigmoid.
 
+A LayerNorm writes channels too: its weight and its bias multiply them last. What it reads keeps its scale.
+
 The sets are in :mod:`~q3d_plugin.transforms.channel_sets`, the channels of each tensor in
 :mod:`~q3d_plugin.transforms.channel_trails`, and the operations, a rule for each, in
 :mod:`~q3d_plugin.transforms.channel_rules`.
@@ -20,15 +22,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from q3d_plugin.layers import QuantWeightLayer
+from q3d_plugin.layers.model import units
 from q3d_plugin.transforms.channel_rules import OperatorRules
 from q3d_plugin.transforms.channel_sets import ChannelSets
 from q3d_plugin.transforms.channel_trails import Trails, tensors_in
 
-__all__ = ['ChannelGraph', 'State', 'place_of', 'tensors_in', 'unwatched']
+__all__ = ['ChannelGraph', 'State', 'graph_of', 'place_of', 'tensors_in', 'unwatched']
 
 _unwatched: List[bool] = []
 
@@ -63,15 +66,21 @@ class ChannelGraph(ChannelSets):
     Args:
         layers: Every layer with a weight of a model that can take part, with its name; also those that are
             not to be smoothed.
+        norms: Every LayerNorm with a weight, with its name.
+        passing: Modules that hand the channels of one of their inputs on, with their names. Their method
+            ``channel_source``, called as ``forward`` is, gives that input; each channel of the output has its
+            scale, on the same axis.
+
+    Attributes:
+        called: Names of layers and norms in the order of their first calls.
 
     Examples:
         >>> import torch
-        >>> from torch import nn
         >>> from q3d_plugin.transforms.insert import quantize_
-        >>> from q3d_plugin.lifecycle import set_enabled, units
+        >>> from q3d_plugin.layers.model import set_enabled
         >>> model = quantize_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)))
         >>> set_enabled(model, False)
-        >>> graph = ChannelGraph(units(model))
+        >>> graph = graph_of(model)
         >>> with torch.no_grad(), graph.watching() as watch:
         ...     watch.returned(model(torch.zeros(1, 3, 5, 5)))
         >>> sets = graph.sets()
@@ -81,8 +90,13 @@ class ChannelGraph(ChannelSets):
         ('', 'no producer (input of the model)')
     """
 
-    def __init__(self, layers: Sequence[Tuple[str, QuantWeightLayer]]) -> None:
-        self.layers = dict(layers)
+    def __init__(
+        self,
+        layers: Sequence[Tuple[str, QuantWeightLayer]],
+        norms: Sequence[Tuple[str, nn.LayerNorm]] = (),
+        passing: Sequence[Tuple[str, nn.Module]] = (),
+    ) -> None:
+        self.layers, self.norms, self._passing = dict(layers), dict(norms), dict(passing)
         self._read: Dict[str, np.ndarray] = {}
         self._written: Dict[str, np.ndarray] = {}
         count = 0
@@ -93,6 +107,10 @@ class ChannelGraph(ChannelSets):
             ):
                 slots[name] = np.arange(count, count + size)
                 count += size
+        for name, norm in self.norms.items():
+            self._read[name] = np.zeros(0, dtype=int)
+            self._written[name] = np.arange(count, count + len(norm.weight))
+            count += len(norm.weight)
         super().__init__(count)
         self.called: List[str] = []
         self.calls = 0  # of a whole pass, known once every layer was called
@@ -109,13 +127,16 @@ class ChannelGraph(ChannelSets):
             first = groups.setdefault(place_of(layer.weight), name)
             self.unite(self._read[first], self._read[name])
             self.unite(self._written[first], self._written[name])
+        for name, norm in self.norms.items():
+            first = groups.setdefault(place_of(norm.weight), name)
+            self.unite(self._written[first], self._written[name])
 
     def read(self, name: str) -> np.ndarray:
-        """(C_in,) slots that the layer reads."""
+        """(C_in,) slots that the layer reads; none of a norm."""
         return self._read[name]
 
     def written(self, name: str) -> np.ndarray:
-        """(C_out,) slots that the layer writes."""
+        """(C_out,) slots that the layer or norm writes."""
         return self._written[name]
 
     def state(self) -> State:
@@ -141,6 +162,12 @@ class ChannelGraph(ChannelSets):
         for name, layer in self.layers.items():
             handles.append(layer.register_forward_pre_hook(watch.entering(name), with_kwargs=True))
             handles.append(layer.register_forward_hook(watch.leaving(name), with_kwargs=True))
+        for name, norm in self.norms.items():
+            handles.append(norm.register_forward_pre_hook(watch.entering_norm(name), with_kwargs=True))
+            handles.append(norm.register_forward_hook(watch.leaving_norm(name), with_kwargs=True))
+        for name, module in self._passing.items():
+            handles.append(module.register_forward_pre_hook(watch.entering_passing(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(watch.leaving_passing(name), with_kwargs=True))
         try:
             with watch.stack:
                 watch.stack.enter_context(watch)
@@ -149,7 +176,7 @@ class ChannelGraph(ChannelSets):
             for handle in handles:
                 handle.remove()
         watch.finish()
-        if len(self.called) == len(self.layers):
+        if len(self.called) == len(self.layers) + len(self.norms):
             self.calls = max(self.calls, watch.calls)
 
 
@@ -173,8 +200,7 @@ class _Watch(TorchDispatchMode):
             if self.inside > 1:
                 return
             graph = self.graph
-            if name not in graph.called:
-                graph.called.append(name)
+            self._note_call(name)
             x = layer.features(args[0] if args else next(iter(kwargs.values())))
             trail = self.trails.looked_at(x)
             slots = graph.read(name)
@@ -202,18 +228,73 @@ class _Watch(TorchDispatchMode):
             activation = getattr(layer, 'act_type', None)
             if activation is not None and str(activation).rpartition('.')[2] not in ('None_', 'ReLU'):
                 self.graph.fix(slots, f'the activation in {name} does not follow a scale')
-            self.calls += 1
-            if self.calls == self.graph.calls:
-                self.stack.close()
+            self._count_call()
 
         return hook
 
-    def returned(self, value: Any) -> None:
-        """Takes the value that the forward pass returned: those tensors keep their scale."""
+    def _note_call(self, name: str) -> None:
+        if name not in self.graph.called:
+            self.graph.called.append(name)
+
+    def _count_call(self) -> None:
+        self.calls += 1
+        if self.calls == self.graph.calls:
+            self.stack.close()
+
+    # Norms.
+
+    def entering_norm(self, name: str):
+        def hook(norm, args, kwargs):
+            self.inside += 1
+            if self.inside > 1:
+                return
+            self._note_call(name)
+            self._fix([args, kwargs], f'it is also read by {name}, which normalizes it')
+
+        return hook
+
+    def leaving_norm(self, name: str):
+        def hook(norm, args, kwargs, output):
+            self.inside -= 1
+            if self.inside:
+                return
+            self.trails.follow(output, self.graph.written(name), output.dim() - 1)
+            self._count_call()
+
+        return hook
+
+    # Modules that hand channels on.
+
+    def entering_passing(self, name: str):
+        def hook(module, args, kwargs):
+            self.inside += 1
+            if self.inside > 1:
+                return
+            source = module.channel_source(*args, **kwargs)
+            self.trails.looked_at(source)
+            others = [x for x in tensors_in([args, kwargs]) if x is not source]
+            self._fix(others, f'it is also read by {name}')
+
+        return hook
+
+    def leaving_passing(self, name: str):
+        def hook(module, args, kwargs, output):
+            self.inside -= 1
+            trail = None if self.inside else self.trails.of(module.channel_source(*args, **kwargs))
+            if trail is not None and not self.trails.follow(output, trail.slots, trail.axis):
+                self.graph.fix(trail.slots, f'it is also read by {name}')
+
+        return hook
+
+    def _fix(self, value: Any, reason: str) -> None:
         for tensor in tensors_in(value):
             trail = self.trails.looked_at(tensor)
             if trail is not None:
-                self.graph.fix(trail.slots, 'it is an output of the model')
+                self.graph.fix(trail.slots, reason)
+
+    def returned(self, value: Any) -> None:
+        """Takes the value that the forward pass returned: those tensors keep their scale."""
+        self._fix(value, 'it is an output of the model')
 
     def finish(self) -> None:
         """Fixes every tensor that nothing was seen to read: who knows what does."""
@@ -227,6 +308,26 @@ class _Watch(TorchDispatchMode):
         if not self.inside and not _unwatched:
             self.rules.operation(func.overloadpacket.__name__, args, kwargs, out)
         return out
+
+
+def graph_of(model: nn.Module) -> ChannelGraph:
+    """The graph of a model with quantized layers, before anything was watched."""
+    layers = [(name, unit) for name, unit in units(model) if isinstance(unit, QuantWeightLayer)]
+    modules = list(model.named_modules())
+    norms = [(name, module) for name, module in modules if _multiplies_last(module)]
+    passing = [(name, module) for name, module in modules if hasattr(module, 'channel_source')]
+    return ChannelGraph(layers, norms, passing)
+
+
+def _multiplies_last(module: nn.Module) -> bool:
+    """Whether ``module`` is a LayerNorm over the last axis, whose weight and bias its output is made with."""
+    return (
+        isinstance(module, nn.LayerNorm)
+        and type(module).forward is nn.LayerNorm.forward
+        and len(module.normalized_shape) == 1
+        # Neither without a weight nor with one that is computed from something else.
+        and module._parameters.get('weight') is not None
+    )
 
 
 def place_of(parameter: Tensor) -> Tuple[int, Tuple[int, ...]]:

@@ -73,7 +73,8 @@ def apply_recipe(root: nn.Module, recipe: Recipe, prefix: str = '') -> None:
         if hasattr(module, '_q3d_configured'):
             module._q3d_configured = True
         if isinstance(module, QuantUnit):
-            module.apply_plan(recipe.plan(prefix + name), prefix + name, shared)
+            plan = recipe.plan(prefix + name, module.float_by_default)
+            module.apply_plan(plan, prefix + name, shared)
     _place_quantizers(root)
 
 

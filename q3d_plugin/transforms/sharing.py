@@ -14,12 +14,21 @@ from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 from torch import Tensor, nn
 
 from q3d_plugin.errors import Q3DError, near_matches
-from q3d_plugin.layers import InputGroup, QuantUnit, QuantWeightLayer
+from q3d_plugin.layers import InputGroup, QuantConcat, QuantUnit, QuantWeightLayer
 from q3d_plugin.layers.model import units
-from q3d_plugin.recipe import LayerPlan, Recipe, matches
+from q3d_plugin.recipe import ActivationSpec, Recipe, matches
 from q3d_plugin.transforms.graph import tensors_in
 
-__all__ = ['SharedScale', 'Sharing', 'check_sharing', 'check_specs', 'declare_sharing', 'found_groups']
+__all__ = [
+    'SharedScale',
+    'Sharing',
+    'check_sharing',
+    'check_specs',
+    'declare_sharing',
+    'found_groups',
+    'share_scales',
+    'undeclared_groups',
+]
 
 
 class SharedScale(NamedTuple):
@@ -43,11 +52,11 @@ class Sharing(NamedTuple):
     """How the groups that were declared differ from those that a forward pass showed.
 
     Attributes:
-        apart: Names of layers that read one tensor and have the same settings, but several quantizers.
+        scales: Names of units whose inputs have to have one scale: see :func:`found_groups`.
         together: Names of units that were declared to read one tensor, and read several.
     """
 
-    apart: List[List[str]]
+    scales: List[List[str]]
     together: List[List[str]]
 
 
@@ -141,66 +150,58 @@ def check_specs(model: nn.Module, recipe: Recipe, prefix: str = '') -> None:
     Raises:
         Q3DError: Group, both units and what is different are named.
     """
-    for group, names in _declared(model, (), [name for name, _ in units(model)]):
-        plans = {prefix + name: recipe.plan(prefix + name) for name in names}
-        plans = {name: plan for name, plan in plans.items() if plan.activation is not None}
-        first = next(iter(plans), '')
-        for name, plan in plans.items():
-            different = _difference(plans[first], plan)
-            if different:
-                key, one, other = different
-                raise Q3DError(
-                    f'{recipe.place}: the inputs of {first!r} and {name!r} have one scale ({group.name!r}), '
-                    f'but {key} {one!r} and {other!r} were given; the same for both would work, by one '
-                    'override that names both'
-                )
+    named = dict(units(model))
+    for group, names in _declared(model, (), list(named)):
+        plans = {name: recipe.plan(prefix + name, named[name].float_by_default) for name in names}
+        members = [name for name in names if plans[name].activation is not None]
+        # Operations are never smoothed: beside a smoothed layer they have a scale of their own.
+        layers = [name for name in members if isinstance(named[name], QuantWeightLayer)]
+        for part, alike in (('activation', members), ('smooth', layers)):
+            for name in alike[1:]:
+                different = _difference(getattr(plans[alike[0]], part), getattr(plans[name], part))
+                if different:
+                    key, one, other = different
+                    word = {'smooth': 'smoothquant'}.get(part, part)
+                    raise Q3DError(
+                        f'{recipe.place}: the inputs of {prefix + alike[0]!r} and {prefix + name!r} have one '
+                        f'scale ({group.name!r}), but {word}{key} {one!r} and {other!r} were given; the same '
+                        'for both would work, by one override that names both'
+                    )
 
 
-def _difference(a: LayerPlan, b: LayerPlan) -> Optional[Tuple[str, Any, Any]]:
-    """The first setting of the input in which two plans differ: its path, and both values."""
-    for key, one, other in (('activation', a.activation, b.activation), ('smoothquant', a.smooth, b.smooth)):
-        if one is None or other is None:
-            if one is not other:
-                return key, one and 'on', other and 'on'
-            continue
-        for field in dataclasses.fields(one):
-            values = getattr(one, field.name), getattr(other, field.name)
-            if values[0] != values[1]:
-                return (f'{key}.{field.name}', *values)
+def _difference(a: Any, b: Any) -> Optional[Tuple[str, Any, Any]]:
+    """The first entry in which two specs differ: its key, and both values; the specs may be None."""
+    if a is None or b is None:
+        return None if a is b else ('', a and 'on', b and 'on')
+    for field in dataclasses.fields(a):
+        values = getattr(a, field.name), getattr(b, field.name)
+        if values[0] != values[1]:
+            return (f'.{field.name}', *values)
     return None
 
 
 def found_groups(model: nn.Module, forward: Callable[[], Any]) -> List[List[str]]:
-    """Names of the units that read the same tensor in one forward pass, for every tensor that several read.
+    """Names of the units whose inputs have one scale, as one forward pass shows them.
+
+    Units that read the same tensor do, all inputs of an addition or concatenation do, and what reads the
+    result of a concatenation has the scale of what went in (STUDY part B, the neck of BEVFusion).
 
     Args:
         model: With quantized units.
         forward: Runs the pass.
     """
-    return [names for names in _readers(model, forward) if len(names) > 1]
+    return _scale_groups(dict(units(model)), _readers(model, forward))
 
 
 def check_sharing(model: nn.Module, forward: Callable[[], Any]) -> Sharing:
     """Compares the groups that are declared with those that one forward pass shows.
-
-    Additions and concatenations have a scale of their own for all their inputs, so that only layers with a
-    weight are expected to share.
 
     Args:
         model: Configured.
         forward: Runs the pass.
     """
     named, readers = dict(units(model)), _readers(model, forward)
-    apart = []
-    for names in readers:
-        layers = [n for n in names if isinstance(named[n], QuantWeightLayer) and named[n].input_quantizer]
-        by_settings: Dict[Any, List[str]] = {}
-        for name in layers:
-            settings = named[name].input_quantizer.spec, named[name].smooth_spec
-            by_settings.setdefault(settings, []).append(name)
-        for group in by_settings.values():
-            if len({id(named[name].input_quantizer) for name in group}) > 1:
-                apart.append(group)
+    groups = _scale_groups(named, readers)
     scales = {name for _, names in _declared(model, (), list(named)) for name in names}
     called = {name for names in readers for name in names}
     by_group: Dict[int, List[str]] = {}
@@ -210,30 +211,112 @@ def check_sharing(model: nn.Module, forward: Callable[[], Any]) -> Sharing:
     together = [
         names
         for names in by_group.values()
-        if not scales.intersection(names) and not any(set(names) <= set(seen) for seen in readers)
+        if not scales.intersection(names) and not any(set(names) <= set(group) for group in groups)
     ]
-    return Sharing(apart, together)
+    return Sharing(groups, together)
+
+
+def share_scales(model: nn.Module, groups: Sequence[Sequence[str]]) -> List[List[str]]:
+    """Gives units that have to have one scale one quantizer, which has seen what all of theirs saw.
+
+    To be called between a pass that takes statistics and the choice of ranges, or before a checkpoint is
+    loaded, and undone by the next recipe that is applied. Units of a group that are to be quantized
+    differently, or whose range is that of the current tensor, keep quantizers of their own.
+
+    Args:
+        model: Configured.
+        groups: Names of units.
+
+    Returns:
+        list: Names of the units that share a quantizer now and did not before.
+    """
+    named = dict(units(model))
+    holders: Dict[int, List[QuantUnit]] = {}
+    for unit in named.values():
+        holders.setdefault(id(unit.input_quantizer), []).append(unit)
+    out = []
+    for names in _joined([set(names) for names in groups]):
+        by_spec: Dict[ActivationSpec, List[str]] = {}
+        for name in (name for name in named if name in names):
+            quantizer = named[name].input_quantizer
+            # A layer that multiplies its input before it is quantized reads another tensor.
+            if quantizer is not None and quantizer.spec.range == 'static' and not _smooths(named[name]):
+                by_spec.setdefault(quantizer.spec, []).append(name)
+        for members in by_spec.values():
+            first = named[members[0]].input_quantizer
+            apart = {id(named[name].input_quantizer): named[name].input_quantizer for name in members}
+            apart.pop(id(first))
+            if apart:
+                out.append(members)
+            for other in apart.values():
+                first.join(other)
+                for unit in holders[id(other)]:
+                    unit.input_quantizer = first
+                holders[id(first)] += holders[id(other)]
+    return out
+
+
+def undeclared_groups(model: nn.Module) -> List[List[str]]:
+    """Names of the units that have one quantizer because calibration found that they need one."""
+    names: Dict[int, List[str]] = {}
+    declared: Dict[int, Set[int]] = {}
+    for name, unit in units(model):
+        names.setdefault(id(unit.input_quantizer), []).append(name)
+        declared.setdefault(id(unit.input_quantizer), set()).add(id(unit.input_group or unit))
+    return [names[key] for key in names if key != id(None) and len(declared[key]) > 1]
+
+
+def _smooths(unit: QuantUnit) -> bool:
+    spec = getattr(unit, 'smooth_spec', None)
+    return spec is not None and (unit.smoothing or spec.mode == 'dynamic')
+
+
+def _scale_groups(named: Dict[str, QuantUnit], readers: Sequence[Sequence[str]]) -> List[List[str]]:
+    """The readers of each tensor, those joined that an addition or concatenation joins."""
+    tensors: Dict[str, List[int]] = {}
+    for number, names in enumerate(readers):
+        for name in names:
+            tensors.setdefault(name, []).append(number)
+    sets = []
+    for names in readers:
+        operations = [name for name in names if not isinstance(named[name], QuantWeightLayer)]
+        # A layer that also reads other tensors, such as one that is called for each level of a pyramid,
+        # shares with those that read all of them. An operation has one scale whatever else it reads.
+        same = [name for name in names if operations or tensors[name] == tensors[names[0]]]
+        sets += [set(same)] if len(same) > 1 else []
+    order = {name: i for i, name in enumerate(named)}
+    return [sorted(names, key=order.get) for names in _joined(sets)]
 
 
 def _readers(model: nn.Module, forward: Callable[[], Any]) -> List[List[str]]:
-    """For every tensor that a unit reads in one pass, the names of its readers in the order of the pass."""
+    """For every tensor that a unit reads in one pass, the names of its readers in the order of the pass.
+
+    The first of those of a concatenation's result is the concatenation itself.
+    """
     readers: List[List[str]] = []
     latest: Dict[int, Tuple[weakref.ref, Optional[int], List[str]]] = {}
+
+    def note(x: Tensor, name: str) -> None:
+        version = None if x.is_inference() else x._version
+        known = latest.get(id(x))
+        if known is None or known[0]() is not x or known[1] != version:
+            known = latest[id(x)] = (weakref.ref(x), version, [])
+            readers.append(known[2])
+        if name not in known[2]:
+            known[2].append(name)
 
     def reading(name: str):
         def hook(unit, args, kwargs):
             for x in _inputs(unit, args, kwargs):
-                version = None if x.is_inference() else x._version
-                known = latest.get(id(x))
-                if known is None or known[0]() is not x or known[1] != version:
-                    known = latest[id(x)] = (weakref.ref(x), version, [])
-                    readers.append(known[2])
-                if name not in known[2]:
-                    known[2].append(name)
+                note(x, name)
 
         return hook
 
-    handles = [unit.register_forward_pre_hook(reading(name), with_kwargs=True) for name, unit in units(model)]
+    handles = []
+    for name, unit in units(model):
+        handles.append(unit.register_forward_pre_hook(reading(name), with_kwargs=True))
+        if isinstance(unit, QuantConcat):
+            handles.append(unit.register_forward_hook(lambda _, args, out, name=name: note(out, name)))
     try:
         forward()
     finally:

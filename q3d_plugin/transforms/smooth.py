@@ -109,6 +109,8 @@ def _scale_weights(
 ) -> None:
     """Multiplies what each slot meets in the weights that read it, and divides the weights that write it.
 
+    A norm writes by its weight and its bias.
+
     Args:
         graph: Of ``layers``.
         layers: All layers with a weight.
@@ -132,6 +134,12 @@ def _scale_weights(
             if layer.bias is not None and place_of(layer.bias) not in done:
                 done.add(place_of(layer.bias))
                 layer.bias.copy_((layer.bias.double() * out).to(layer.bias.dtype))
+    for name, norm in graph.norms.items():
+        out = torch.from_numpy(1 / factors[graph.written(name)])
+        for parameter in (norm.weight, norm.bias):
+            if parameter is not None and place_of(parameter) not in done and bool((out != 1).any()):
+                done.add(place_of(parameter))
+                parameter.copy_((parameter.double() * out.to(parameter.device)).to(parameter.dtype))
 
 
 def _free(graph: ChannelGraph) -> np.ndarray:

@@ -12,7 +12,7 @@ from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers import QuantWeightLayer
 from q3d_plugin.layers.model import quantizers, switched, units
 from q3d_plugin.transforms import smooth, smooth_search
-from q3d_plugin.transforms.graph import ChannelGraph, tensors_in
+from q3d_plugin.transforms.graph import graph_of, tensors_in
 
 __all__ = ['READ_ONCE', 'smooth_model']
 
@@ -36,7 +36,7 @@ def smooth_model(
     if iter(batches) is batches:
         raise Q3DError(READ_ONCE.format(type(batches).__name__))
     searched = [n for n, unit in wanted.items() if unit.smooth_spec.alpha == 'search' and unit.searchable]
-    graph, statistics = ChannelGraph(layers), InputStatistics(layers, searched)
+    graph, statistics = graph_of(model), InputStatistics(layers, searched)
     first: Dict[str, Any] = {}
 
     def watched(batch):

@@ -117,3 +117,53 @@ def test_w8a8_is_worse_and_smoothquant_mends_it(case):
             errors[name] = float((quantized(x) - expected).abs().mean())
     assert errors['spoilt'] > 3 * errors['plain']
     assert errors['smooth'] < errors['spoilt'] / 2
+
+
+class Transformer(nn.Module):
+    """Linear layers behind norms, and an attention whose projections have parts of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm1, self.norm2 = nn.Linear(3, 20), nn.LayerNorm(20), nn.LayerNorm(20)
+        self.fc1, self.fc2, self.out = nn.Linear(20, 24), nn.Linear(24, 20), nn.Linear(20, 4)
+        self.other, self.attention = nn.Linear(3, 20), nn.MultiheadAttention(20, 2, batch_first=True)
+        for norm in (self.norm1, self.norm2):
+            nn.init.normal_(norm.bias)
+
+    def forward(self, points):
+        x, y = self.embed(points), self.other(points)
+        x = x + self.fc2(nn.functional.gelu(self.fc1(self.norm1(x))))
+        return self.out(self.norm2(x)) + self.out(self.attention(y, y, y)[0].tanh())
+
+
+def test_norms_get_outliers_by_their_weight_and_bias():
+    model, x = Transformer().eval(), torch.randn(2, 9, 3)
+    quantized = quantize_(copy.deepcopy(model))
+    bench = types.SimpleNamespace(model=quantized, forward=lambda batch: {'out': quantized(batch)})
+    graph = spoil_checkpoint.watched_graph(bench, x)
+    spoil_checkpoint.hold_parts_(graph, model.state_dict())
+    # The second norm is read by a layer that also reads what cannot follow.
+    factors, names = spoil_checkpoint.choose_factors(graph, ['*'], 50, 0.1, seed=0)
+    assert names == ['fc1']
+    with pytest.raises(Q3DError, match=r'the weight of attention.q_proj is a part of another parameter'):
+        spoil_checkpoint.choose_factors(graph, ['attention'], 50, 0.1, seed=0)
+    state = spoil_checkpoint.spoiled(bench, graph, factors, model.state_dict())
+    assert list(state) == list(model.state_dict())
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, state[k])}
+    assert changed == {'norm1.weight', 'norm1.bias', 'fc1.weight'}
+    for part in ('weight', 'bias'):
+        ratio = state[f'norm1.{part}'] / model.state_dict()[f'norm1.{part}']
+        assert sorted(ratio.round().tolist()) == [1.0] * 18 + [50.0] * 2
+    assert spoil_checkpoint.difference(bench, model.state_dict(), x) < 1e-5
+    assert spoil_checkpoint.difference(bench, state, x) < 1e-5
+    state['norm1.bias'] = model.norm1.bias.detach()
+    assert spoil_checkpoint.difference(bench, state, x) > 1e-2
+
+
+def test_a_name_that_is_a_norm_is_no_layer_that_reads():
+    model, x = Transformer().eval(), torch.randn(2, 9, 3)
+    quantized = quantize_(model)
+    bench = types.SimpleNamespace(model=quantized, forward=lambda batch: {'out': quantized(batch)})
+    graph = spoil_checkpoint.watched_graph(bench, x)
+    with pytest.raises(Q3DError, match=r"no layer of the model matches, such as 'embed'"):
+        spoil_checkpoint.choose_factors(graph, ['norm1'], 50, 0.1, seed=0)

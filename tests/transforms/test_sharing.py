@@ -12,7 +12,13 @@ from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers import QuantAdd, QuantConcat
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.transforms.insert import quantize_, share_input
-from q3d_plugin.transforms.sharing import SharedScale, check_sharing, declare_sharing, found_groups
+from q3d_plugin.transforms.sharing import (
+    SharedScale,
+    check_sharing,
+    declare_sharing,
+    found_groups,
+    share_scales,
+)
 
 
 class Neck(nn.Module):
@@ -175,9 +181,14 @@ def test_one_group_cannot_have_two_settings(override, told):
     assert detector(overrides=[dict(layers='stage', **override)]) is not None
 
 
-def test_smoothing_one_of_a_group_is_refused():
-    with pytest.raises(Q3DError, match=r"'neck output'\), but smoothquant None and 'on'"):
-        detector(ONE, smoothquant=dict(layers=['stage']))
+def test_smoothing_one_layer_of_a_group_is_refused():
+    layers = SharedScale('neck output', ('neck.concat', 'stage.conv1', 'stage.conv2'))
+    with pytest.raises(Q3DError, match=r"'neck output'\), but smoothquant .*'on' and None"):
+        detector(layers, smoothquant=dict(layers=['stage.conv1', 'stage.down']))
+    # A concatenation is never smoothed: beside a smoothed layer it has a scale of its own.
+    model = detector(ONE, smoothquant=dict(layers=['stage']))
+    assert model.neck.concat.input_quantizer is not model.stage.conv1.input_quantizer
+    assert model.stage.conv1.input_quantizer is model.stage.down.input_quantizer
     # All of it, or none.
     model = detector(ONE, smoothquant=dict(alpha=0.5))
     x = image()
@@ -212,7 +223,8 @@ def test_readers_of_one_tensor_are_found():
     model = detector()
     lifecycle.set_enabled(model, False)
     x = image()
-    assert found_groups(model, lambda: model(x)) == [['neck.a', 'neck.b'], ['stage.conv1', 'stage.down']]
+    groups = [['neck.a', 'neck.b'], ['neck.concat', 'stage.conv1', 'stage.down']]
+    assert found_groups(model, lambda: model(x)) == groups
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
@@ -240,18 +252,143 @@ def test_what_was_declared_is_compared_with_what_was_found():
         with torch.no_grad():
             return check_sharing(model, lambda: model(image()))
 
-    # The neck's convolutions read one tensor, and nothing says so.
-    assert checked(model) == ([['neck.a', 'neck.b']], [])
+    groups = [['neck.a', 'neck.b'], ['neck.concat', 'stage.conv1', 'stage.down']]
+    assert checked(model) == (groups, [])
     model = detector(SharedScale('input', ('neck.a', 'neck.b')), ONE)
     lifecycle.set_enabled(model, False)
-    assert checked(model) == ([], [])
-    # With settings of their own they are meant to be apart.
-    model = detector(overrides=[dict(layers='neck.b', activation=dict(bits=16))])
-    lifecycle.set_enabled(model, False)
-    assert checked(model) == ([], [])
-    # And one scale is not one tensor: that is said of declared scales alone.
+    assert checked(model) == (groups, [])
+    # One scale is not one tensor: that is said of declared scales alone.
     model = Detector().eval()
     share_input([model.neck.a, model.neck.b, model.stage.conv2])
     lifecycle.configure(model, Recipe())
     lifecycle.set_enabled(model, False)
-    assert checked(model) == ([], [['neck.a', 'neck.b', 'stage.conv2']])
+    assert checked(model) == (groups, [['neck.a', 'neck.b', 'stage.conv2']])
+
+
+# Groups that nothing declares, found in calibration.
+
+
+def test_calibration_gives_one_scale_to_whatever_reads_the_tensors_of_an_operation():
+    one = detector(activation=dict(calibrator='max'))
+    apart = copy.deepcopy(one)
+    frames = [image() for _ in range(3)]
+    seen = []
+    lifecycle.set_enabled(apart, False)
+    apart.stage.conv1.register_forward_pre_hook(lambda unit, args: seen.append(args[0].abs().max().item()))
+    with torch.no_grad():
+        for x in frames:
+            apart(x)
+    lifecycle.calibrate(one, frames, one)
+    quantizer = one.neck.concat.input_quantizer
+    assert quantizer is one.stage.conv1.input_quantizer is one.stage.down.input_quantizer
+    assert sorted(quantizer.owners) == ['neck.concat', 'stage.conv1', 'stage.down']
+    assert quantizer._amax.item() == pytest.approx(max(seen))
+    assert one.neck.a.input_quantizer is one.neck.b.input_quantizer
+    others = {id(u.input_quantizer) for _, u in lifecycle.units(one)}
+    assert len(others) == 4  # neck's input, neck's output, conv2 and the addition
+    # The numbers of a checkpoint are those of the model, and the next recipe starts anew.
+    state = one.state_dict()
+    again = detector(activation=dict(calibrator='max'))
+    again.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(again(frames[0]), one(frames[0]))
+    lifecycle.configure(one, Recipe.from_dict(dict(target='simulation')))
+    assert one.neck.concat.input_quantizer is not one.stage.down.input_quantizer
+    assert {name for _, u in lifecycle.units(one) for name in u.input_quantizer.owners} == {
+        name for name, _ in lifecycle.units(one)
+    }
+
+
+def test_layers_that_multiply_their_input_keep_a_scale_of_their_own():
+    model = detector(smoothquant=dict(alpha=0.5))
+    x = image()
+    lifecycle.set_enabled(model, False)
+    expected = model(x)
+    lifecycle.set_enabled(model, True)
+    lifecycle.calibrate(model, [x], model)
+    assert model.neck.a.smoothing and model.neck.a.input_quantizer is not model.neck.b.input_quantizer
+    # The scale of the stage's input went into the neck: concatenation and layers read one tensor.
+    assert not model.stage.conv1.smoothing
+    assert model.neck.concat.input_quantizer is model.stage.conv1.input_quantizer
+    lifecycle.set_enabled(model, False)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+class Residual(nn.Module):
+    """Two blocks without a declaration; the first one's output is read by three units."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.side = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+    def setup_quant(self):
+        self.add = QuantAdd(before_relu=True)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        return F.relu(self.add(self.second(x), x)) + self.side(x)
+
+
+def test_the_shortcut_of_an_addition_shares_with_what_else_reads_it():
+    model = quantize_(Residual()).eval()
+    lifecycle.configure(model, Recipe.from_dict(dict(target='openvino', activation=dict(calibrator='max'))))
+    frames = [image() for _ in range(2)]
+    largest = []
+    with torch.no_grad():
+        for x in frames:
+            x = F.relu(F.conv2d(x, model.first.weight, model.first.bias))
+            branch = F.conv2d(x, model.second.weight, model.second.bias)
+            largest += [x.max().item(), branch[branch + x > 0].abs().max().item()]
+    lifecycle.calibrate(model, frames, model)
+    units = [model.second, model.side, model.add]
+    assert len({id(u.input_quantizer) for u in units}) == 1
+    assert model.add.input_quantizer._amax.item() == pytest.approx(max(largest))
+    # The branch has negative values that must not become 0 before the sum.
+    assert not model.side.input_quantizer.unsigned and model.first.input_quantizer is not units[0]
+
+
+def test_units_that_are_quantized_differently_stay_apart():
+    model = detector(
+        overrides=[dict(layers='stage.down', activation=dict(bits=6))], skip=['neck.a'], target='simulation'
+    )
+    x = image()
+    lifecycle.calibrate(model, [x], model)
+    assert model.stage.down.input_quantizer is not model.neck.concat.input_quantizer
+    assert model.stage.conv1.input_quantizer is model.neck.concat.input_quantizer
+    assert model.neck.a.input_quantizer is None
+    dynamic = detector(activation=dict(range='dynamic'))
+    lifecycle.calibrate(dynamic, [x], dynamic)
+    assert dynamic.stage.conv1.input_quantizer is not dynamic.neck.concat.input_quantizer
+
+
+def test_a_layer_of_several_levels_shares_with_those_that_read_all_of_them():
+    class Levels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.score, self.box, self.down = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+        def forward(self, x):
+            levels = [x, x[..., ::2], x[..., ::3]]
+            return [self.score(level).mean() + self.box(level).mean() for level in levels], self.down(x)
+
+    model = quantize_(Levels()).eval()
+    lifecycle.set_enabled(model, False)
+    # The range of down is that of one level.
+    assert found_groups(model, lambda: model(image())) == [['score', 'box']]
+
+
+def test_shared_statistics_are_those_of_one_observer_over_all():
+    model = detector()
+    x = image()
+    quantizers = [model.neck.a.input_quantizer, model.stage.conv2.input_quantizer]
+    for quantizer, values in zip(quantizers, (x, 3 * x.abs())):
+        quantizer.observe()
+        quantizer(values)
+    peer = copy.deepcopy(quantizers[0])
+    peer.observe()
+    peer(x), peer(3 * x.abs())
+    assert share_scales(model, [['neck.a', 'stage.conv2']]) == [['neck.a', 'stage.conv2']]
+    assert model.neck.a.input_quantizer is model.stage.conv2.input_quantizer is quantizers[0]
+    torch.testing.assert_close(quantizers[0].observer.counts, peer.observer.counts)
+    assert quantizers[0].observer.minimum == peer.observer.minimum
+    assert share_scales(model, [['neck.a', 'stage.conv2']]) == []

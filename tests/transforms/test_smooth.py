@@ -775,7 +775,8 @@ def test_a_checkpoint_gives_the_same_numbers_and_is_not_smoothed_again(name, mod
     for x in batches:
         assert torch.equal(outputs(target, x), outputs(source, x))
     for mine, theirs in zip(coverage(target), coverage(source)):
-        assert mine[:5] == theirs[:5]
+        # Which ones share is found in calibration; the ranges are what a checkpoint holds.
+        assert mine[:4] == theirs[:4]
         assert mine.note.split(',')[0] == theirs.note.split(',')[0] or 'off' in theirs.note
     # Where no recipe is at hand, the checkpoint describes itself.
     kind, _ = MODELS[name]

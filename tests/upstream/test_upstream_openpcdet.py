@@ -231,7 +231,7 @@ def test_every_type_of_the_table_is_registered(upstream):
         if part.mixin is not None and 'forward' in vars(part.mixin):
             a, b = (inspect.signature(c.forward).parameters for c in (part.mixin, registry[part.base]))
             assert list(a) == list(b)
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 9
 
 
 @pytest.mark.parametrize('name', BASES)

@@ -32,7 +32,8 @@ class DatasetTemplate(Dataset):
             values = [frame[key] for frame in batch_list]
             if key == 'voxel_coords':
                 values = [np.pad(v, ((0, 0), (1, 0)), constant_values=i) for i, v in enumerate(values)]
-            out[key] = np.stack(values) if key in ('frame_id', 'gt_boxes') else np.concatenate(values)
+            stacked = key in ('frame_id', 'gt_boxes', 'camera_imgs')
+            out[key] = np.stack(values) if stacked else np.concatenate(values)
         return out
 
 
@@ -59,7 +60,13 @@ class NuScenesDataset(DatasetTemplate):
         coords = coords[np.random.permutation(len(cells))] if self.dataset_cfg.get('SHUFFLE') else coords
         if info.get('nan'):
             voxels[0] = np.nan
+        cameras = self.dataset_cfg.get('CAMERA_CONFIG')
+        images = {}
+        if cameras is not None:
+            shape = (info.get('views', cameras.VIEWS), 3, *cameras.SIZE)
+            images['camera_imgs'] = generator.normal(size=shape).astype(np.float32)
         return {
+            **images,
             'frame_id': info['token'],
             'voxels': voxels,
             'voxel_coords': coords,

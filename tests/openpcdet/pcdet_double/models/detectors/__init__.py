@@ -1,10 +1,16 @@
 """The registry of detectors."""
 
+from .bevfusion import BevFusion
 from .centerpoint import CenterPoint
 from .detector3d_template import Detector3DTemplate
 from .second_net import SECONDNet
 
-__all__ = {'Detector3DTemplate': Detector3DTemplate, 'CenterPoint': CenterPoint, 'SECONDNet': SECONDNet}
+__all__ = {
+    'Detector3DTemplate': Detector3DTemplate,
+    'BevFusion': BevFusion,
+    'CenterPoint': CenterPoint,
+    'SECONDNet': SECONDNet,
+}
 
 
 def build_detector(model_cfg, num_class, dataset):
