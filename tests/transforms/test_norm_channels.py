@@ -256,6 +256,9 @@ def test_only_the_input_and_what_follows_gelu_are_multiplied_explicitly():
     source, model, _ = smoothed(0.5)
     explicit = [n for n, u in lifecycle.units(model) if getattr(u, 'smoothing', False)]
     assert explicit == ['embed', 'fc2']
+    notes = {r.name: r.note for r in coverage(model)}
+    assert notes['embed'].endswith('explicit multiplication: no producer (input of the model)')
+    assert notes['fc2'].endswith('explicit multiplication: no producer (it is made by gelu)')
     makers = {r.name: r.smoothquant['producers'] for r in coverage(model) if r.smoothquant}
     assert makers == {
         'embed': [],
