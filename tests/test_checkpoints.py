@@ -148,3 +148,25 @@ def test_an_unsigned_checkpoint_from_before_targets_is_refused_for_a_signed_engi
 
 def test_there_is_a_stored_checkpoint_of_the_format_that_is_written():
     assert list(DATA.glob(f'format{checkpoints.FORMAT}_*.pth'))
+
+
+class Cameras(nn.Module):
+    """Two sensors, and what fuses them."""
+
+    def __init__(self):
+        super().__init__()
+        self.lidar, self.cameras, self.fuser = (nn.Conv2d(2, 2, 1) for _ in range(3))
+
+
+def test_parts_that_a_checkpoint_lacks_altogether_are_named():
+    model = quantize_(Cameras())
+    state = model.state_dict()
+    whole = {k: v for k, v in state.items() if 'quantizer' not in k}
+    checkpoints.check_state_dict(model, whole)
+    lidar = {k: v for k, v in whole.items() if k.startswith('lidar.')}
+    with pytest.raises(Q3DError, match='^a.pth: .* no weights at all of cameras, fuser, which .*4 of 6 entr'):
+        checkpoints.check_state_dict(model, lidar, 'a.pth')
+    # Other names for the same parts are a mistake of another kind, and so is the checkpoint of another model.
+    for other in ({k.replace('cameras', 'camera'): v for k, v in whole.items()}, {'x.weight': torch.ones(1)}):
+        with pytest.raises(Q3DError, match="^a.pth: of another model: '.*' is missing"):
+            checkpoints.check_state_dict(model, other, 'a.pth')

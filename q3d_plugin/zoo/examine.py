@@ -19,8 +19,8 @@ from q3d_plugin.zoo.rows import Row, first_line
 
 __all__ = ['RECIPE', 'examine']
 
-RECIPE = {'weight': {'calibrator': 'max'}, 'activation': {'calibrator': 'max'}}
-"""The recipe of every config."""
+RECIPE = {'include': ['*'], 'weight': {'calibrator': 'max'}, 'activation': {'calibrator': 'max'}}
+"""The recipe of every config: also what stays float by default is quantized, and so compared."""
 
 
 def examine(adapter: Adapter, config: str, forward: bool, int8: bool = False) -> Row:

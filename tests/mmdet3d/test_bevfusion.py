@@ -207,6 +207,18 @@ def test_each_part_of_the_head_can_be_switched_on(make):
     assert whole == sum(row.name.startswith('bbox_head') and row.kind != 'LayerNorm' for row in rows)
 
 
+@pytest.mark.parametrize('name', ['resnet', 'swin'])
+def test_off_is_float_after_smoothing(make, name):
+    recipe = {'smoothquant': {'alpha': 0.5}, 'target': 'simulation', 'include': ['*bbox_head*']}
+    model = calibrated(make, name, recipe)
+    assert sum(row.smoothquant is not None for row in coverage(model)) > 60
+    lifecycle.set_enabled(model, False)
+    reference = make(name)
+    got, expected = (toy.raw_outputs(m, toy.frame()) for m in (model, reference))
+    for key, value in expected.items():
+        assert (got[key] - value).abs().max() <= 1e-4 * value.abs().max(), key
+
+
 def test_int8_differs_from_float_but_not_much(make):
     model = calibrated(make, 'resnet', {})
     got = toy.raw_outputs(model, toy.frame())['dense_heatmap']

@@ -192,6 +192,17 @@ def test_the_images_of_calibration_travel_with_the_checkpoint(calibrated, tmp_pa
         toy.raw_outputs(model, toy.frame(views=3))
 
 
+def test_a_quantized_checkpoint_needs_no_recipe(calibrated):
+    cfg = toy.fusion_config()
+    put_quant_types(cfg)
+    model = MODELS.build(cfg).eval()
+    load_state_dict(model, copy.deepcopy(calibrated.state_dict()), strict=True)
+    got, expected = (toy.raw_outputs(m, toy.frame()) for m in (model, calibrated))
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    with pytest.raises(Q3DError, match='calibrated with 2 of 64 x 176'):
+        toy.raw_outputs(model, toy.frame(views=3))
+
+
 def test_another_calibration_takes_other_images(calibrated):
     lifecycle.configure(calibrated, Recipe.from_dict({}))
     three = copy.deepcopy(toy.frame(views=3))

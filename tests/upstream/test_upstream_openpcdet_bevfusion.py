@@ -140,6 +140,16 @@ def test_parts_of_the_double_have_the_real_weights_and_results(adapter, double, 
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def choose_alike(reference, model):
+    """Has ``model`` choose its proposals by the heatmap of ``reference``, which has to run first.
+
+    Of 324,000 scores two that are next to each other differ by less than a sum in another order does.
+    """
+    kept = []
+    hook = reference.register_forward_hook(lambda module, args, output: kept.append(output.clone()))
+    return [hook, model.register_forward_hook(lambda module, args, output: kept[-1].clone())]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not FRAME.is_dir(), reason='the real nuScenes frame is not here')
 def test_full_size_on_the_real_frame(adapter, cfg):
@@ -159,6 +169,7 @@ def test_full_size_on_the_real_frame(adapter, cfg):
     frame, names = adapter.frame_batch(cfg, reference, read_frame(str(FRAME))), comparable(model)
     assert frame['camera_imgs'].shape == (1, 6, 3, 256, 704)
     handles = weights.settle(reference)
+    choice = choose_alike(reference.dense_head.heatmap_head, model.dense_head.heatmap_head)
     expected, stopped = compare.record(adapter, reference, frame, names)
     for handle in handles:
         handle.remove()
@@ -169,6 +180,8 @@ def test_full_size_on_the_real_frame(adapter, cfg):
     got, stopped = compare.record(adapter, model, frame, names)
     difference, where = compare.compare(expected, got)
     assert not stopped and difference < 1e-4, where
+    for handle in choice:
+        handle.remove()
     lifecycle.set_enabled(model, True)
     lifecycle.calibrate(model, [frame], lambda given: adapter.run(model, given))
     boxes = adapter.run(model, frame)[0][0]
