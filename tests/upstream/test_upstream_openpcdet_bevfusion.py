@@ -190,3 +190,5 @@ def test_full_size_on_the_real_frame(adapter, cfg):
     assert all(row.note for row in rows if not row.quantized)
     left = [row for row in rows if not row.quantized and not row.name.startswith('dense_head')]
     assert not [row for row in left if 'float by default' not in row.note]
+    done = [row.kind in ('Add', 'Concat') for row in rows if row.quantized]
+    assert (done.count(False), done.count(True)) == (101, 13)
