@@ -2,17 +2,33 @@
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from q3d_plugin.files import write_text
 from q3d_plugin.layers import QuantUnit, is_converted, why_not
 from q3d_plugin.quantizer import Mode, Quantizer, Role, Stage
 from q3d_plugin.text import text_table
 
-__all__ = ['CoverageRow', 'coverage', 'coverage_table', 'residual_blocks', 'write_coverage']
+__all__ = [
+    'NORMALIZATION',
+    'CoverageRow',
+    'Totals',
+    'counted',
+    'coverage',
+    'coverage_table',
+    'residual_blocks',
+    'write_coverage',
+]
+
+NORMALIZATION = 'normalization, stays float'
+"""Why a normalization by the statistics of its input is float; it is no layer that could be quantized."""
+
+_NORMALIZATIONS = (nn.LayerNorm, nn.GroupNorm, _InstanceNorm)
 
 NO_DATA = 'saw no data during calibration'
 """Why a layer is float that no calibration frame reached."""
@@ -95,6 +111,7 @@ def coverage(model: nn.Module) -> List[CoverageRow]:
             )
         elif not is_converted(module) and _own_weights(module):
             reason = why_not(module) or 'its part of the model has no Quant type'
+            reason = NORMALIZATION if isinstance(module, _NORMALIZATIONS) else reason
             rows.append(CoverageRow(name, type(module).__name__, '', '', '', reason))
     return rows
 
@@ -122,19 +139,51 @@ def coverage_table(rows: List[CoverageRow]) -> str:
     lines = [
         text_table(['layer', 'type', 'weight', 'input', 'input shared with', 'note'], [r[:6] for r in rows])
     ]
-    layers = [r for r in rows if r.kind not in ('Add', 'Concat', 'MatMul')]
-    done = sum(r.quantized for r in layers)
-    others = sum(r.quantized for r in rows if r.kind in ('Add', 'Concat'))
-    operands = [r.quantized for r in rows if r.kind == 'MatMul']
-    products = f', {sum(operands)} of {len(operands)} operands of matrix products' if operands else ''
     targets = [row.target for row in rows if row.target]
     engine = f', for target {targets[0]!r}' if targets else ''
-    operations = f'{others} additions and concatenations{products}'
-    lines.append(f'{done} of {len(layers)} layers quantized, and {operations}{engine}')
+    totals = counted([(row.kind, row.note, row.quantized) for row in rows])
+    lines.append(f'{totals.words}{engine}')
     stages = residual_blocks(rows)
     if stages:
         lines.append('residual blocks: ' + ', '.join(f'{part} {counts}' for part, counts in stages.items()))
     return '\n'.join(lines)
+
+
+class Totals(NamedTuple):
+    """Sums over a coverage table.
+
+    Attributes:
+        layers: For each layer with a weight, whether it is quantized.
+        operations: For each addition and concatenation.
+        operands: For each operand of a product of two activations.
+    """
+
+    layers: List[bool]
+    operations: List[bool]
+    operands: List[bool]
+
+    @property
+    def words(self) -> str:
+        """The sums as the end of the table has them."""
+        words = f'{sum(self.layers)} of {len(self.layers)} layers quantized, and {sum(self.operations)} '
+        words += 'additions and concatenations'
+        products = f', {sum(self.operands)} of {len(self.operands)} operands of matrix products'
+        return words + (products if self.operands else '')
+
+
+def counted(rows: Sequence[Tuple[str, str, bool]]) -> Totals:
+    """Sums over the rows of a coverage table, each as its kind, its note and whether it is quantized.
+
+    Examples:
+        >>> counted([('Conv2d', '', True), ('Add', '', True), ('LayerNorm', NORMALIZATION, False)]).words
+        '1 of 1 layers quantized, and 1 additions and concatenations'
+    """
+    totals = Totals([], [], [])
+    for kind, note, quantized in rows:
+        if note != NORMALIZATION:
+            which = totals.operations if kind in ('Add', 'Concat') else totals.layers
+            (totals.operands if kind == 'MatMul' else which).append(bool(quantized))
+    return totals
 
 
 def residual_blocks(rows: List[CoverageRow]) -> Dict[str, List[int]]:

@@ -9,7 +9,7 @@ from typing import Optional, Tuple, Union
 import torch
 from torch import Tensor
 
-from q3d_plugin import kernel
+from q3d_plugin import kernel, scratch
 
 __all__ = [
     'bounds',
@@ -78,7 +78,8 @@ def fake_quantize(
     Inference", equation 12, with zero point 0. Without gradients a chain of in-place operations is used on
     the CPU, which is about four times as fast there as torch's own kernel and gives the same numbers. On CUDA
     the chain would pass over memory four times, and torch's kernel once. That kernel makes a number of NaN,
-    which the chain keeps.
+    which the chain keeps. Large results on the CPU lie in memory that was used before
+    (:mod:`q3d_plugin.scratch`) and belongs to whoever holds them.
 
     Args:
         x: Any shape, floating point.
@@ -108,6 +109,10 @@ def fake_quantize(
         shape[axis] = -1
         scale = scale.reshape(shape)
     inverse = 1.0 / scale
+    if axis is None and x.numel() >= scratch.LARGE:
+        out = scratch.rounded(x, inverse.to(x.dtype), scale.to(x.dtype), low, high, inplace)
+        if out is not None:
+            return out
     scaled = x.mul_(inverse.to(x.dtype)) if inplace else x * inverse.to(x.dtype)
     return scaled.round_().clamp_(low, high).mul_(scale.to(x.dtype))
 

@@ -10,8 +10,9 @@ from q3d_plugin.numerics import extremes
 
 __all__ = ['MagnitudeHistogram']
 
-# Elements that are counted at once.
-PIECE = 2**20
+# Elements that are counted at once. On the CPU their copies stay in the cache, and in memory that the process
+# has already; each piece is a handful of kernels that a CUDA device has to be given.
+PIECE = {'cpu': 2**18, 'cuda': 2**20}
 # Tensors up to this size have the sum of each bin taken, larger ones are dense enough to do without.
 EXACT = 2**18
 # Values of a tensor that are kept as they are, to check a range that was found on the histogram.
@@ -87,7 +88,7 @@ class MagnitudeHistogram:
         elif self.exponent is None:
             self.exponent = -100
         # In pieces, so that the copies stay small beside the activation itself.
-        for piece in x.reshape(-1).split(PIECE):
+        for piece in x.reshape(-1).split(PIECE.get(x.device.type, PIECE['cuda'])):
             magnitudes = piece.float() if low >= 0 else piece.float().abs()
             counts = self._count(magnitudes, largest).double()
             self.counts += counts

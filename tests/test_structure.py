@@ -25,6 +25,7 @@ LEVELS = (
         'stand_in',
         'cpu',
         'kernel',
+        'scratch',
     ),
     ('numerics', 'recipe'),
     ('observer', 'modes'),

@@ -1,11 +1,12 @@
 """BEVFusion for the toy nuScenes: the module types and topology of the full-size config, but narrow.
 
 Cameras and LiDAR are both needed: in the toy data's profile ``look-alikes`` three pairs of classes differ by
-their colours alone. Made and trained on two CPU cores by
+their colours alone. Made and trained on two CPU cores, by one process each, with
 
-    export MMDET3D_ROOT=CHECKOUT_OF_MMDETECTION3D
+    export MMDET3D_ROOT=CHECKOUT_OF_MMDETECTION3D OMP_NUM_THREADS=1
     q3d toy-data --out data/toy_nuscenes_look_alikes --profile look-alikes
-    q3d train configs/mmdet3d/toy_bevfusion.py
+    torchrun --nproc_per_node=2 -m q3d_plugin train configs/mmdet3d/toy_bevfusion.py --launcher pytorch
+    q3d strip-checkpoint work_dirs/toy_bevfusion/epoch_16.pth configs/mmdet3d/toy_bevfusion.pth
 """
 
 # BEVFusion's configs are in no wheel: their folder is found below MMDET3D_ROOT.
@@ -156,7 +157,7 @@ dataset = dict(
 )
 train_dataloader = dict(
     _delete_=True,
-    batch_size=1,
+    batch_size=1,  # of each of two processes
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),

@@ -12,6 +12,7 @@ from q3d_plugin.analysis.nuscenes import RINGS, Detections, ap_by_distance
 from q3d_plugin.analysis.picture import frame_picture
 from q3d_plugin.analysis.run_files import Run, target_of
 from q3d_plugin.analysis.sweep import pictures
+from q3d_plugin.coverage import counted
 from q3d_plugin.errors import Q3DError
 
 __all__ = ['build']
@@ -99,8 +100,7 @@ def _recipe(run: Run) -> str:
 def _coverage(run: Run) -> str:
     if run.coverage is None:
         return _missing('coverage.json is not there: the run has not got as far as calibration.')
-    layers = [r for r in run.coverage if r['kind'] not in ('Add', 'Concat')]
-    done = sum(bool(r['quantized']) for r in layers)
+    totals = counted([(r['kind'], r.get('note', ''), r['quantized']) for r in run.coverage])
     keys = ('name', 'kind', 'weight', 'activation', 'shared_with', 'note')
     rows = []
     for row in run.coverage:
@@ -109,11 +109,7 @@ def _coverage(run: Run) -> str:
             cells[0] = _Html(f'<span class="off">{html.escape(row["name"])}</span>')
         rows.append(cells)
     header = ['layer', 'type', 'weight', 'input', 'input shared with', 'note']
-    return (
-        f'<p>{done} of {len(layers)} layers are quantized, and '
-        f'{sum(bool(r["quantized"]) for r in run.coverage) - done} additions and concatenations.</p>'
-        f'<div class="scroll">{_table(header, rows)}</div>'
-    )
+    return f'<p>{totals.words}.</p><div class="scroll">{_table(header, rows)}</div>'
 
 
 def _grid_of(row: Mapping[str, Any]) -> str:

@@ -24,7 +24,9 @@ def generated_frame(folder: Path, count: int = POINTS, seed: int = 0) -> Frame:
         count: Number of points.
         seed: Of scene and noise.
     """
-    from q3d_plugin.toy_nuscenes import camera, generate, geometry, lidar, placement
+    import cv2
+
+    from q3d_plugin.toy_nuscenes import camera, generate, geometry, lidar, placement, profiles
 
     rng = np.random.default_rng(seed)
     scene = placement.make_scene(rng, np.zeros(2), 1)
@@ -44,16 +46,16 @@ def generated_frame(folder: Path, count: int = POINTS, seed: int = 0) -> Frame:
 
     mounts, cameras = generate.calibrate(np.random.default_rng(seed)), []
     normal = np.array([-scene.ground[1], -scene.ground[2], 1.0])
+    normal /= np.linalg.norm(normal)
+    along = float(scene.ego.travelled(np.array(0.0)))
     for name in camera.RIG:
         mount, image = mounts[name], folder / f'{name}.jpg'
         there, turned = start + vehicle @ np.array(mount.translation), vehicle @ mount.rotation
         intrinsic = np.array(mount.intrinsic)
-        along = float(scene.ego.travelled(np.array(0.0)))
-        drawn = camera.render(
-            solids, scene.road, along, normal / np.linalg.norm(normal), scene.ground_height, turned, there,
-            intrinsic,
-        )  # fmt: skip
-        image.write_bytes(camera.encode(drawn))
+        where = (scene.ground_height, turned, there, camera.shrunk(intrinsic, camera.SCALE), camera.SCALE)
+        drawn = camera.render(solids, scene.road, along, normal, *where)
+        drawn = cv2.resize(drawn, (camera.WIDTH, camera.HEIGHT), interpolation=cv2.INTER_NEAREST)
+        image.write_bytes(camera.encode(drawn, profiles.PROFILES['default']))
         from_lidar = square(turned.T @ rotation)
         from_lidar[:3, 3] = turned.T @ (position - there)
         cameras.append(Camera(name, image, intrinsic, from_lidar))

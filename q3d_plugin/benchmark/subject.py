@@ -69,6 +69,9 @@ def settle_batch_norm(model: nn.Module, forward: Callable[[], Any]) -> None:
     """Gives every BatchNorm the statistics of a forward pass, so that activations have the sizes of a trained
     model's.
 
+    Those whose weights are all zero, as the last ones of residual blocks are before training, get ones: their
+    branches would be nothing.
+
     Args:
         model: In eval mode.
         forward: Runs it.
@@ -76,6 +79,8 @@ def settle_batch_norm(model: nn.Module, forward: Callable[[], Any]) -> None:
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     before = [m.momentum for m in norms]
     for norm in norms:
+        if norm.affine and not norm.weight.any():
+            norm.weight.fill_(1.0)
         norm.momentum = 1.0
         norm.train()
     forward()

@@ -31,9 +31,14 @@ read."""
 
 
 class InputGroup:
-    """Layers that read the same tensor hold the same group, and so share one input quantizer."""
+    """Layers that read the same tensor hold the same group, and so share one input quantizer.
 
-    def __init__(self) -> None:
+    Args:
+        one_tensor: False where they read tensors that have one range, as behind a padding with zeros.
+    """
+
+    def __init__(self, one_tensor: bool = True) -> None:
+        self.one_tensor = one_tensor
         self._memos: Dict[Any, TensorMemo] = {}
 
     def once(self, key: Any, x: Tensor, compute: Callable[[Tensor], Any]) -> Any:
@@ -52,7 +57,7 @@ class InputGroup:
         return value
 
     def __getstate__(self):
-        return {'_memos': {}}
+        return {'one_tensor': self.one_tensor, '_memos': {}}
 
 
 class QuantUnit(nn.Module):

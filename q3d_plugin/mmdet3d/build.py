@@ -96,7 +96,7 @@ class MMDet3D(Adapter):
 
     def build(self, cfg: Config) -> nn.Module:
         init_default_scope(cfg.get('default_scope', 'mmdet3d'))
-        # BEVFusion would fetch weights of its image backbone, and whoever builds a model here has others.
+        # BEVFusion would fetch weights of its image backbone; who builds a model here has others.
         with _few_words():
             model = MODELS.build(_without_pretrained(cfg.model))
         # Not in one line: ImVoteNet's train() returns nothing.

@@ -73,7 +73,9 @@ class _BEVForward:
         if len(self.blocks) > 1:
             self.concat = QuantConcat()
         for block, deblock in zip(self.blocks[1:], self.deblocks):
-            share_input([*_input_layers(block), first_layer(deblock)])
+            # A block pads its input with zeros before its first convolution, which changes no range.
+            padded = isinstance(block[0], nn.ZeroPad2d)
+            share_input([*_input_layers(block), first_layer(deblock)], one_tensor=not padded)
 
     def forward(self, data_dict):
         x = data_dict['spatial_features']

@@ -117,6 +117,7 @@ class OperatorRules:
         if rule is None or not rule(args, kwargs, out if plain in _MANY else first):
             for tensor in tracked:
                 trails.sets.fix(trails.of(tensor).slots, f'it is also read by {name}')
+            trails.ended.update(dict.fromkeys(tensors_in(out), plain))
 
     def _like_first(self, args, kwargs, out) -> bool:
         trail = self._trails.of(args[0])

@@ -37,6 +37,7 @@ class Trails:
     Attributes:
         ids: Of all tensors that ever had a trail or were zeros; looking there first costs much less.
         all: Every trail.
+        ended: Tensors that an operation made which follows no scale, and the name of that operation.
     """
 
     def __init__(self, sets: ChannelSets) -> None:
@@ -44,6 +45,7 @@ class Trails:
         self.zeros = WeakTensorKeyDictionary()
         self.ids: Set[int] = set()
         self.all: List[Trail] = []
+        self.ended = WeakTensorKeyDictionary()
         self._trails = WeakTensorKeyDictionary()
         self._whole = WeakTensorKeyDictionary()
 

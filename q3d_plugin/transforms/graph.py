@@ -205,7 +205,9 @@ class _Watch(TorchDispatchMode):
             trail = self.trails.looked_at(x)
             slots = graph.read(name)
             if trail is None:
-                graph.fix(slots, 'no producer (input of the model)')
+                origin = self.trails.ended.get(x)
+                origin = 'input of the model' if origin is None else f'it is made by {origin}'
+                graph.fix(slots, f'no producer ({origin})')
             elif trail.axis != layer.channel_axis(x) or len(trail.slots) != len(slots):
                 graph.fix(trail.slots, f'{name} reads its channels on another axis')
                 graph.fix(slots, 'its channels lie on another axis where they are produced')

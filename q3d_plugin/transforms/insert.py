@@ -91,13 +91,17 @@ def _place_quantizers(root: nn.Module) -> None:
             quantizer.to(here)
 
 
-def share_input(layers: Iterable[nn.Module]) -> None:
+def share_input(layers: Iterable[nn.Module], one_tensor: bool = True) -> None:
     """Declares that these units read the same tensor; those that can't be quantized are passed over.
 
     Units of different parts, and tensors that only have one scale, are declared by
     :class:`~q3d_plugin.transforms.sharing.SharedScale`.
+
+    Args:
+        layers: The units.
+        one_tensor: False where they read tensors that have one range, as behind a padding with zeros.
     """
-    group = InputGroup()
+    group = InputGroup(one_tensor)
     for layer in layers:
         if isinstance(layer, QuantUnit):
             layer.input_group = group

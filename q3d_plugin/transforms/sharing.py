@@ -206,7 +206,7 @@ def check_sharing(model: nn.Module, forward: Callable[[], Any]) -> Sharing:
     called = {name for names in readers for name in names}
     by_group: Dict[int, List[str]] = {}
     for name, unit in named.items():
-        if unit.input_group is not None and name in called:
+        if unit.input_group is not None and unit.input_group.one_tensor and name in called:
             by_group.setdefault(id(unit.input_group), []).append(name)
     together = [
         names

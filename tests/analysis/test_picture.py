@@ -1,5 +1,6 @@
 """The picture of a frame: boxes where the nuScenes devkit has them, from above and in the camera's image."""
 
+import json
 import shutil
 
 import numpy as np
@@ -10,9 +11,10 @@ pytest.importorskip('nuscenes.nuscenes')
 
 from nuscenes.utils.geometry_utils import view_points
 
-from q3d_plugin.analysis import picture
+from q3d_plugin.analysis import picture, report
 from q3d_plugin.analysis.nuscenes import Detections
 from q3d_plugin.analysis.picture import _labels
+from q3d_plugin.analysis.run_files import find_run
 
 VERSION = 'v1.0-mini'
 
@@ -110,3 +112,21 @@ def test_labels_do_not_cover_each_other_and_stay_in_the_image():
         assert a[0] >= 0 and a[1] >= 0 and a[2] <= 1600 and a[3] <= 900
         for b in boxes[:i]:
             assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
+
+
+def test_the_page_of_a_run_shows_the_boxes_of_the_float_run(root, written, tmp_path):
+    folders = {}
+    for name, noise in (('quantized', 0.3), ('float', 0.0)):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        shutil.copy(written(noise=noise), folders[name] / 'results_nusc.json')
+        record = {'data_root': str(root), 'dataset_version': VERSION}
+        (folders[name] / 'run.json').write_text(json.dumps(record))
+    alone = report.build(find_run(folders['quantized']))
+    assert 'drawn where --float names its run' in alone
+    page = report.build(find_run(folders['quantized'], folders['float']))
+    assert 'sees most objects' in page and 'alt="camera image and view from above"' in page
+    assert 'of the float model' not in page
+    (folders['float'] / 'results_nusc.json').write_text('{}')
+    damaged = report.build(find_run(folders['quantized'], folders['float']))
+    assert 'No boxes of the float model: ' in damaged and 'sees most objects' in damaged

@@ -37,7 +37,9 @@ def test_detections_are_found_where_the_run_says_that_they_go(run):
     assert found.results == path and not found.no_results
     assert found.metrics['mAP'] == 0.5 and found.metrics['AP'] == SUMMARY['mean_dist_aps']
     # A run that is compared with has its metrics there too.
-    assert find_run(folder.parent, float_run=folder).float_metrics['NDS'] == 0.6
+    compared = find_run(folder.parent, float_run=folder)
+    assert compared.float_metrics['NDS'] == 0.6 and compared.float_results == path
+    assert found.float_results is None
 
 
 def test_what_an_earlier_run_left_there_is_not_taken(run):

@@ -256,6 +256,9 @@ def test_only_the_input_and_what_follows_gelu_are_multiplied_explicitly():
     source, model, _ = smoothed(0.5)
     explicit = [n for n, u in lifecycle.units(model) if getattr(u, 'smoothing', False)]
     assert explicit == ['embed', 'fc2']
+    notes = {r.name: r.note for r in coverage(model)}
+    assert notes['embed'].endswith('explicit multiplication: no producer (input of the model)')
+    assert notes['fc2'].endswith('explicit multiplication: no producer (it is made by gelu)')
     makers = {r.name: r.smoothquant['producers'] for r in coverage(model) if r.smoothquant}
     assert makers == {
         'embed': [],
@@ -327,6 +330,36 @@ def test_a_norm_without_a_bias_and_one_that_is_called_twice():
     assert not torch.equal(model.norm1.weight, source.norm1.weight)
     lifecycle.set_enabled(model, False)
     assert difference(model, source, x) < 1e-5
+
+
+class Decoder(nn.Module):
+    """A decoder layer that normalizes behind its additions, as TransFusion's, and two heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm1, self.norm2 = (nn.LayerNorm(8) for _ in range(2))
+        self.embed, self.fc1, self.fc2 = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.heads = nn.ModuleList(nn.Conv1d(8, 2, 1) for _ in range(2))
+        for norm in (self.norm1, self.norm2):
+            nn.init.normal_(norm.weight, 1, 0.5)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x):
+        x = self.embed(x.flatten(1, 2))
+        x = self.norm1(x + self.attention(x, x, x)[0])
+        x = self.norm2(x + self.fc2(F.relu(self.fc1(x)))).transpose(1, 2)
+        return torch.cat([head(x) for head in self.heads], 1)
+
+
+def test_a_norm_behind_an_addition_takes_the_scale_of_the_heads_alone():
+    source, model, x = smoothed(0.5, Decoder())
+    lifecycle.set_enabled(model, False)
+    assert difference(model, source, x) < 1e-5
+    # The first is also added to, and that sum is normalized.
+    assert torch.equal(model.norm1.weight, source.norm1.weight)
+    makers = {r.name: r.smoothquant['producers'] for r in coverage(model) if r.smoothquant}
+    assert makers['heads.0'] == makers['heads.1'] == ['norm2'] and makers['fc1'] == []
 
 
 def test_a_reader_that_is_not_smoothed_holds_the_norm():
