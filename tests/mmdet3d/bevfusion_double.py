@@ -21,6 +21,7 @@ from mmdet3d.utils import register_all_modules
 from q3d_plugin.mmdet3d import parts, projects
 
 DOUBLE = Path(__file__).resolve().parent / 'checkout_double'
+REGISTRIES = (MODELS, TASK_UTILS, TRANSFORMS)
 VIEWS, IMAGE = 2, (64, 176)
 AREA, VOXEL, GRID = [-8.0, -8.0, -3.0, 8.0, 8.0, 1.0], [0.25, 0.25, 0.1], [64, 64, 41]
 NORM = dict(type='BN', eps=1e-3, momentum=0.01)
@@ -218,6 +219,16 @@ def _of_projects(name):
     return name == 'projects' or name.startswith('projects.')
 
 
+def _take_types():
+    """Takes the types of ``projects`` and their Quant types out of the registries."""
+    ours = {parts.quant_name(part.base) for part in parts.PARTS if part.project}
+    taken = []
+    for modules in (registry.module_dict for registry in REGISTRIES):
+        names = [n for n, cls in modules.items() if n in ours or _of_projects(cls.__module__)]
+        taken.append({name: modules.pop(name) for name in names})
+    return taken
+
+
 @contextlib.contextmanager
 def checkout(root=DOUBLE, registered=True):
     """BEVFusion is that of a checkout inside, and nothing of it is left afterwards.
@@ -226,19 +237,13 @@ def checkout(root=DOUBLE, registered=True):
         root: The checkout.
         registered: Whether the plugin's types are registered before anything is imported.
     """
-    registries = [r.module_dict for r in (MODELS, TASK_UTILS, TRANSFORMS)]
-    ours = {parts.quant_name(part.base) for part in parts.PARTS if part.project}
-    kept = [dict(modules) for modules in registries]
+    register_all_modules()
     loaded = {name: sys.modules.pop(name) for name in list(sys.modules) if _of_projects(name)}
-    path, callbacks = list(sys.path), list(projects._callbacks)
-    for modules in registries:
-        for name in [n for n, cls in modules.items() if n in ours or _of_projects(cls.__module__)]:
-            del modules[name]
+    path, callbacks, types = list(sys.path), list(projects._callbacks), _take_types()
     sys.path[:] = [p for p in path if not (Path(p or '.') / 'projects' / 'BEVFusion').is_dir()]
     projects._callbacks.clear()
     try:
         with mock.patch.dict(os.environ, MMDET3D_ROOT=str(root)):
-            register_all_modules()
             projects.prepare_bevfusion()
             if registered:
                 parts.register_parts()
@@ -248,6 +253,6 @@ def checkout(root=DOUBLE, registered=True):
             del sys.modules[name]
         sys.modules.update(loaded)
         sys.path[:], projects._callbacks[:] = path, callbacks
-        for modules, before in zip(registries, kept):
-            modules.clear()
-            modules.update(before)
+        _take_types()
+        for registry, found in zip(REGISTRIES, types):
+            registry.module_dict.update(found)

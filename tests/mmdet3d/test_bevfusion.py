@@ -11,7 +11,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from q3d_plugin import checkpoints, lifecycle
-from q3d_plugin.coverage import coverage
+from q3d_plugin.coverage import NORMALIZATION, coverage
 from q3d_plugin.layers import QuantConcat
 from q3d_plugin.mmdet3d import parts
 from q3d_plugin.mmdet3d.projects import import_bevfusion
@@ -181,8 +181,7 @@ def test_whoever_reads_a_tensor_of_a_concatenation_has_its_scale(make, name):
 @pytest.mark.parametrize('name', MODELS_OF)
 def test_every_layer_is_quantized_or_says_why_not(make, name):
     rows = coverage(calibrated(make, name, {}))
-    # A LayerNorm has a weight, and is computed in float everywhere.
-    rows = [row for row in rows if row.kind != 'LayerNorm']
+    rows = [row for row in rows if row.note != NORMALIZATION]
     head = [row for row in rows if row.name.startswith('bbox_head')]
     assert head and not any(row.quantized for row in head)
     assert all('Q-DETR' in row.note for row in head)
@@ -204,7 +203,7 @@ def test_each_part_of_the_head_can_be_switched_on(make):
         rows = coverage(calibrated(make, 'lidar', {'include': [pattern]}))
         assert sum(row.quantized for row in rows if row.name.startswith('bbox_head')) == count, pattern
         whole += count
-    assert whole == sum(row.name.startswith('bbox_head') and row.kind != 'LayerNorm' for row in rows)
+    assert whole == sum(row.name.startswith('bbox_head') and row.note != NORMALIZATION for row in rows)
 
 
 @pytest.mark.parametrize('name', ['resnet', 'swin'])

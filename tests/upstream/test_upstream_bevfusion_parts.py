@@ -121,12 +121,18 @@ def choose_alike(reference, model):
 @pytest.mark.skipif(not FRAME.is_dir(), reason='the real nuScenes frame is not here')
 @pytest.mark.parametrize(
     ('config', 'layers', 'operations'),
-    [('bevfusion_lidar-cam_r50_w8a8.py', 102, 29), ('bevfusion_lidar-cam_swint_w8a8.py', None, None)],
+    [
+        ('bevfusion_lidar-cam_r50_w8a8.py', 102, 29),
+        ('bevfusion_lidar-cam_swint_w8a8.py', 101, 13),
+        ('bevfusion_lidar_w8a8.py', 35, 9),
+    ],
 )
 def test_full_size_on_the_real_frame(real, config, layers, operations):
     """Off is float at every layer, W8A8 runs after a calibration on the frame, and coverage is complete."""
+    from mmdet3d.structures import LiDARInstance3DBoxes
+
     from q3d_plugin import lifecycle
-    from q3d_plugin.coverage import coverage
+    from q3d_plugin.coverage import NORMALIZATION, counted, coverage
     from q3d_plugin.frame import read_frame
     from q3d_plugin.mmdet3d.build import MMDet3D
     from q3d_plugin.recipe import Recipe
@@ -140,7 +146,9 @@ def test_full_size_on_the_real_frame(real, config, layers, operations):
     lifecycle.configure(model, Recipe.from_dict(RECIPE))
     weights.randomize(reference)
     frame, names = adapter.frame_batch(cfg, reference, read_frame(str(FRAME))), comparable(model)
-    assert frame['inputs']['imgs'].shape == (1, 6, 3, 256, 704)
+    if 'cam' in config:
+        assert frame['inputs']['imgs'].shape == (1, 6, 3, 256, 704)
+    frame['data_samples'][0].set_metainfo(dict(box_type_3d=LiDARInstance3DBoxes))
     handles = weights.settle(reference)
     choice = choose_alike(reference.bbox_head.heatmap_head, model.bbox_head.heatmap_head)
     expected, stopped = compare.record(adapter, reference, frame, names)
@@ -159,10 +167,9 @@ def test_full_size_on_the_real_frame(real, config, layers, operations):
     lifecycle.calibrate(model, [frame], lambda given: adapter.run(model, given))
     boxes = adapter.run(model, frame)[0].pred_instances_3d
     assert len(boxes.scores_3d) and boxes.scores_3d.isfinite().all()
-    rows = [row for row in coverage(model) if row.kind != 'LayerNorm']
-    left = [row for row in rows if not row.quantized and not row.name.startswith('bbox_head')]
-    assert all(row.note for row in rows if not row.quantized)
-    assert not [row for row in left if 'float by default' not in row.note]
-    if layers:
-        done = [row.kind in ('Add', 'Concat') for row in rows if row.quantized]
-        assert (done.count(False), done.count(True)) == (layers, operations)
+    rows = coverage(model)
+    left = [row for row in rows if not row.quantized and row.note != NORMALIZATION]
+    assert all('float by default' in row.note for row in left)
+    done = counted([(row.kind, row.note, row.quantized) for row in rows])
+    assert (sum(done.layers), len(done.operations)) == (layers, operations) and all(done.operations)
+    assert len(done.layers) - sum(done.layers) == 30 == sum(row.name.startswith('bbox_head') for row in left)

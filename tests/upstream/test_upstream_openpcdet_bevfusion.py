@@ -155,7 +155,7 @@ def choose_alike(reference, model):
 def test_full_size_on_the_real_frame(adapter, cfg):
     """Off is float at every layer, W8A8 runs after a calibration on the frame, and coverage is complete."""
     from q3d_plugin import lifecycle
-    from q3d_plugin.coverage import coverage
+    from q3d_plugin.coverage import NORMALIZATION, counted, coverage
     from q3d_plugin.frame import read_frame
     from q3d_plugin.recipe import Recipe
     from q3d_plugin.zoo import compare, weights
@@ -186,7 +186,9 @@ def test_full_size_on_the_real_frame(adapter, cfg):
     lifecycle.calibrate(model, [frame], lambda given: adapter.run(model, given))
     boxes = adapter.run(model, frame)[0][0]
     assert len(boxes['pred_scores']) and boxes['pred_scores'].isfinite().all()
-    rows = [row for row in coverage(model) if row.kind != 'LayerNorm']
-    assert all(row.note for row in rows if not row.quantized)
-    left = [row for row in rows if not row.quantized and not row.name.startswith('dense_head')]
-    assert not [row for row in left if 'float by default' not in row.note]
+    rows = coverage(model)
+    left = [row for row in rows if not row.quantized and row.note != NORMALIZATION]
+    assert all('float by default' in row.note for row in left)
+    done = counted([(row.kind, row.note, row.quantized) for row in rows])
+    assert (sum(done.layers), len(done.operations)) == (101, 13) and all(done.operations)
+    assert len(done.layers) - sum(done.layers) == 30 == sum(row.name.startswith('dense_head') for row in left)

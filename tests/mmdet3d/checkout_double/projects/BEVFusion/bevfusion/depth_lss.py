@@ -87,19 +87,6 @@ class BaseViewTransform(nn.Module):
         x = (depth[:, None] * x[:, :, None]).unflatten(0, (frames, views))
         return x.permute(0, 1, 3, 4, 5, 2)
 
-
-def _wide(vectors):
-    return vectors[:, :, None, None, None]
-
-
-@MODELS.register_module()
-class LSSTransform(BaseViewTransform):
-    def make_depthnet(self, in_channels):
-        self.depthnet = nn.Conv2d(in_channels, self.D + self.C, 1)
-
-    def get_cam_feats(self, x):
-        return self.lifted(self.depthnet(x.flatten(0, 1)), *x.shape[:2])
-
     def forward(
         self,
         img,
@@ -113,24 +100,14 @@ class LSSTransform(BaseViewTransform):
         **kwargs,
     ):
         geometry = self.get_geometry(camera2lidar, camera_intrinsics, img_aug_matrix, lidar_aug_matrix)
-        return self.downsample(self.bev_pool(geometry, self.get_cam_feats(img)))
+        return self.bev_pool(geometry, self.get_cam_feats(img))
 
 
-@MODELS.register_module()
-class DepthLSSTransform(BaseViewTransform):
-    def make_depthnet(self, in_channels):
-        depths = (nn.Conv2d(8, 32, 5, 4, 2), True), (nn.Conv2d(32, 64, 5, 2, 2), True)
-        self.dtransform = _convolutions((nn.Conv2d(1, 8, 1), True), *depths)
-        self.depthnet = _convolutions(
-            (nn.Conv2d(in_channels + 64, in_channels, 3, padding=1), True),
-            (nn.Conv2d(in_channels, in_channels, 3, padding=1), True),
-            (nn.Conv2d(in_channels, self.D + self.C, 1), False),
-        )
+def _wide(vectors):
+    return vectors[:, :, None, None, None]
 
-    def get_cam_feats(self, x, d):
-        both = torch.cat([self.dtransform(d.flatten(0, 1)), x.flatten(0, 1)], dim=1)
-        return self.lifted(self.depthnet(both), *x.shape[:2])
 
+class BaseDepthTransform(BaseViewTransform):
     def depths(self, points, views, lidar2image, image_aug, lidar_aug):
         """The depths of the points that meet a pixel, metres: (B, views, 1, image height, width)."""
         height, width = self.image_size
@@ -162,4 +139,35 @@ class DepthLSSTransform(BaseViewTransform):
     ):
         depths = self.depths(points, img.shape[1], lidar2image, img_aug_matrix, lidar_aug_matrix)
         geometry = self.get_geometry(camera2lidar, cam_intrinsic, img_aug_matrix, lidar_aug_matrix)
-        return self.downsample(self.bev_pool(geometry, self.get_cam_feats(img, depths)))
+        return self.bev_pool(geometry, self.get_cam_feats(img, depths))
+
+
+@MODELS.register_module()
+class LSSTransform(BaseViewTransform):
+    def make_depthnet(self, in_channels):
+        self.depthnet = nn.Conv2d(in_channels, self.D + self.C, 1)
+
+    def get_cam_feats(self, x):
+        return self.lifted(self.depthnet(x.flatten(0, 1)), *x.shape[:2])
+
+    def forward(self, *args, **kwargs):
+        return self.downsample(super().forward(*args, **kwargs))
+
+
+@MODELS.register_module()
+class DepthLSSTransform(BaseDepthTransform):
+    def make_depthnet(self, in_channels):
+        depths = (nn.Conv2d(8, 32, 5, 4, 2), True), (nn.Conv2d(32, 64, 5, 2, 2), True)
+        self.dtransform = _convolutions((nn.Conv2d(1, 8, 1), True), *depths)
+        self.depthnet = _convolutions(
+            (nn.Conv2d(in_channels + 64, in_channels, 3, padding=1), True),
+            (nn.Conv2d(in_channels, in_channels, 3, padding=1), True),
+            (nn.Conv2d(in_channels, self.D + self.C, 1), False),
+        )
+
+    def get_cam_feats(self, x, d):
+        both = torch.cat([self.dtransform(d.flatten(0, 1)), x.flatten(0, 1)], dim=1)
+        return self.lifted(self.depthnet(both), *x.shape[:2])
+
+    def forward(self, *args, **kwargs):
+        return self.downsample(super().forward(*args, **kwargs))
