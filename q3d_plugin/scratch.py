@@ -6,7 +6,7 @@ costs 2.1 ns an element in fresh memory and 0.4 ns in memory that was used befor
 """
 
 import threading
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -25,10 +25,10 @@ _uses = getattr(torch._C, '_storage_Use_Count', None)
 
 
 class _Kept(threading.local):
-    """The buffers of a thread."""
+    """The buffers of a thread, each with how many hold its memory while nobody uses it."""
 
     def __init__(self) -> None:
-        self.buffers: List[Tensor] = []
+        self.buffers: List[Tuple[Tensor, int]] = []
 
 
 _kept = _Kept()
@@ -47,28 +47,33 @@ def scratch_like(x: Tensor) -> Optional[Tensor]:
         are in use; or tensors of this mode cannot be kept.
     """
     count, size = x.numel(), x.element_size()
-    if count < LARGE or x.device.type != 'cpu' or _uses is None or torch.is_inference_mode_enabled():
+    if count < LARGE or not _can_keep(x):
         return None
-    free = [b for b in _kept.buffers if b.dtype == x.dtype and _is_free(b)]
+    free = [b for b, least in _kept.buffers if b.dtype == x.dtype and _holders(b) <= least]
     fitting = [b for b in free if b.numel() >= count]
     if fitting:
         buffer = min(fitting, key=Tensor.numel)
     else:
         # The largest one that is free grows.
-        others = [b for b in _kept.buffers if not free or b is not max(free, key=Tensor.numel)]
-        used = sum(b.numel() * b.element_size() for b in others)
+        grown = max(free, key=Tensor.numel) if free else None
+        others = [kept for kept in _kept.buffers if kept[0] is not grown]
+        used = sum(b.numel() * b.element_size() for b, _ in others)
         if len(others) >= BUFFERS or used + count * size > BYTES:
             return None
         buffer = torch.empty(count, dtype=x.dtype)
-        _kept.buffers = [*others, buffer]
+        _kept.buffers = [*others, (buffer, _holders(buffer))]
     return buffer.as_strided(x.shape, x.stride())
 
 
-def _is_free(buffer: Tensor) -> bool:
-    """Whether nothing but the buffer itself holds its memory."""
-    storage = buffer.untyped_storage()
-    # The buffer, and the object that was made here to ask.
-    return _uses(storage._cdata) <= 2
+def _can_keep(x: Tensor) -> bool:
+    """Whether memory can be kept for tensors like this one, which no tracer or mode stands for."""
+    plain = type(x) is Tensor and x.device.type == 'cpu' and _uses is not None
+    return plain and not torch.is_inference_mode_enabled() and not torch.jit.is_tracing()
+
+
+def _holders(buffer: Tensor) -> int:
+    """How many tensors, views and graphs hold the memory of a buffer, in torch's way of counting."""
+    return _uses(buffer.untyped_storage()._cdata)
 
 
 def rounded(

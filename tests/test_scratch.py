@@ -48,6 +48,8 @@ def test_shapes_strides_and_types_are_those_of_the_tensor():
     assert scratch_like(torch.randn(LARGE - 1)) is None
     with torch.inference_mode():
         assert scratch_like(torch.randn(LARGE)) is None
+    assert scratch_like(torch.nn.Parameter(torch.randn(LARGE))) is None
+    assert scratch_like(torch.randn(LARGE, device='meta')) is None
     assert len(scratch._kept.buffers) <= BUFFERS
 
 
@@ -57,9 +59,9 @@ def test_what_a_thread_keeps_is_bounded_and_its_own():
         held = [scratch_like(torch.empty(n)) for n in sizes]
         assert sum(h is not None for h in held) <= BUFFERS
         del held
-    assert sum(b.numel() * 4 for b in scratch._kept.buffers) <= scratch.BYTES
+    assert sum(b.numel() * 4 for b, _ in scratch._kept.buffers) <= scratch.BYTES
     assert scratch_like(torch.empty(scratch.BYTES // 4 + 1)) is None
-    seen, mine = [], {b.data_ptr() for b in scratch._kept.buffers}
+    seen, mine = [], {b.data_ptr() for b, _ in scratch._kept.buffers}
     thread = threading.Thread(target=lambda: seen.append(scratch_like(torch.empty(LARGE))))
     thread.start()
     thread.join()
@@ -86,6 +88,13 @@ def test_a_slice_that_is_not_dense_is_quantized_all_the_same():
     x = torch.randn(4, 2 * LARGE)[:, ::2]
     expected = (x * 2).round().clamp(-128, 127) / 2
     assert torch.equal(numerics.fake_quantize(x, torch.tensor(63.5), 8), expected)
+
+
+def test_a_trace_does_not_write_into_kept_memory():
+    amax = torch.tensor(127.0)
+    traced = torch.jit.trace(lambda x: numerics.fake_quantize(x, amax, 8), torch.randn(LARGE))
+    first, second = (traced(torch.full((LARGE,), v)) for v in (1.0, 2.0))
+    assert (first == 1).all() and (second == 2).all()
 
 
 def test_results_that_are_held_stay_what_they_are():
