@@ -160,9 +160,11 @@ def _until_there(part: Part):
     name = quant_name(part.base)
 
     def build(*args, **kwargs):
-        if part.project:
-            import_bevfusion()
         cls = _registered(part)
+        if cls is None and part.project:
+            # Not before: the float type may have come from somewhere else, such as a copy of the project.
+            import_bevfusion()
+            cls = _registered(part)
         if cls is None:
             raise Q3DError(
                 f'{name}: this MMDetection3D ({mmdet3d.__version__}) has no type {part.base!r} to quantize'

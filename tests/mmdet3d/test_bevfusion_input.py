@@ -79,6 +79,21 @@ def test_a_type_that_is_asked_for_before_the_import_is_imported():
         assert type(fuser) is registered('ConvFuser')
 
 
+def test_a_float_type_of_a_copy_of_the_project_will_do(tmp_path):
+    with toy.checkout(tmp_path):
+
+        @MODELS.register_module(name='ConvFuser')
+        class ConvFuser(torch.nn.Sequential):
+            def __init__(self, channels):
+                super().__init__(torch.nn.Conv2d(channels, channels, 1))
+
+        try:
+            fuser = MODELS.build(dict(type='QuantConvFuser', channels=4))
+            assert isinstance(fuser, ConvFuser) and fuser.concat.input_group is fuser[1].input_group
+        finally:
+            del MODELS.module_dict['ConvFuser']
+
+
 def test_no_line_of_the_table_is_passed_over_in_silence():
     part = parts.Part('NobodyHasThis')
     try:
