@@ -185,7 +185,7 @@ def without(model, key):
             ["MODEL.BACKBONE_2D.NAME: 'QuantBaseBEVBackbon'", "did you mean 'QuantBaseBEVBackbone'?"],
         ),
         ({**model_cfg(), 'NAME': 'QuantCentrePoint'}, ['MODEL.NAME', "did you mean 'QuantCenterPoint'?"]),
-        ({**model_cfg(), 'FUSER': {'NAME': 'QuantFuser'}}, ['MODEL.FUSER.NAME', 'no part under FUSER']),
+        ({**model_cfg(), 'PFE': {'NAME': 'QuantSet'}}, ['MODEL.PFE.NAME', 'no part under PFE']),
     ],
 )
 def test_a_config_is_checked_before_anything_is_read(adapter, config, tmp_path, model, words):
