@@ -178,11 +178,17 @@ def calibrated_bench(**given):
 
 
 def by_hand(bench, names, batches):
-    """Error of the outputs of a fresh model of which only ``names`` have quantizers."""
-    everything = [n for n, _ in lifecycle.units(bench.model)]
-    plain = {**bench.recipe.to_dict(), 'skip': [n for n in everything if n not in names]}
-    other = ToyBench(recipe=Recipe.from_dict(plain))
+    """Error of the outputs of a fresh model of which only ``names`` have quantizers.
+
+    The ranges are those of the whole recipe: what shares a scale with a layer has a part in its range.
+    """
+    other = ToyBench(recipe=bench.recipe)
     other.prepare(other.recipe)
+    for name, unit in lifecycle.units(other.model):
+        if name not in names:
+            unit.input_quantizer = None
+            if hasattr(unit, 'weight_quantizer'):
+                unit.weight_quantizer = None
     error = OutputError()
     references = float_outputs(Switch(bench.model), bench.forward, batches)
     for reference, batch in zip(references, batches):

@@ -239,8 +239,11 @@ def share_scales(model: nn.Module, groups: Sequence[Sequence[str]]) -> List[List
         by_spec: Dict[ActivationSpec, List[str]] = {}
         for name in (name for name in named if name in names):
             quantizer = named[name].input_quantizer
-            # A layer that multiplies its input before it is quantized reads another tensor.
-            if quantizer is not None and quantizer.spec.range == 'static' and not _smooths(named[name]):
+            if quantizer is None or quantizer.spec.range != 'static':
+                continue
+            # A layer that multiplies its input before it is quantized reads another tensor. And one that was
+            # given nothing but NaN stays float, whatever the others have seen.
+            if not _smooths(named[name]) and not (quantizer.observing and quantizer.observer.frames == 0):
                 by_spec.setdefault(quantizer.spec, []).append(name)
         for members in by_spec.values():
             first = named[members[0]].input_quantizer
