@@ -5,7 +5,7 @@
     q3d toy-data --out DIR --profile look-alikes
 
 A set in the format of nuScenes v1.0-mini: a ray-cast LiDAR of 32 beams, six cameras, all tables. The data
-depends on the seed and not on --processes, and a scene does not change with the number of others. A set that
+depends on seed and profile and not on --processes, and a scene does not change with the number of others. A set that
 is there already is used again; another toy set in its place is replaced.
 """
 
@@ -18,6 +18,7 @@ from typing import List, Optional
 
 from q3d_plugin.commands import infos
 from q3d_plugin.errors import Q3DError
+from q3d_plugin.toy_nuscenes.profiles import PROFILES
 
 __all__ = ['frameworks_at_hand', 'main']
 
@@ -78,13 +79,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         default=32,
         help='keyframes a scene, 1 to 40, 0.5 s apart (default: %(default)s)',
     )
-    parser.add_argument(
-        '--profile',
-        choices=('default', 'look-alikes'),
-        default='default',
-        help='look-alikes: three pairs of classes have one shape and are told apart by their colours, and '
-        'images have 400 x 225 pixels, for detectors with cameras (default: %(default)s)',
-    )
+    abouts = '; '.join(f'{name}: {profile.about}' for name, profile in PROFILES.items())
+    parser.add_argument('--profile', choices=tuple(PROFILES), default='default', help=abouts)
     parser.add_argument(
         '--processes', type=int, default=2, help='does not change the data (default: %(default)s)'
     )

@@ -30,9 +30,9 @@ class Profile:
 
 
 PROFILES = {
-    'default': Profile('every class has a shape of its own; images of 1600 x 900 pixels'),
+    'default': Profile('every class has a shape of its own, images of 1600 x 900 pixels'),
     'look-alikes': Profile(
-        'three pairs of classes have one shape and differ by colour alone; images of 400 x 225 pixels',
+        'three pairs of classes have one shape and differ by colour alone, images of 400 x 225 pixels',
         shapes={'motorcycle': 'bicycle', 'construction_vehicle': 'truck', 'trailer': 'bus'},
         image_scale=4,
         # A distant object is a few pixels wide: its colour must get through.
