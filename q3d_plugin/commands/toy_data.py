@@ -5,8 +5,8 @@
     q3d toy-data --out DIR --profile look-alikes
 
 A set in the format of nuScenes v1.0-mini: a ray-cast LiDAR of 32 beams, six cameras, all tables. The data
-depends on seed and profile and not on --processes, and a scene does not change with the number of others. A set that
-is there already is used again; another toy set in its place is replaced.
+depends on seed and profile and not on --processes, and a scene does not change with the number of others. A
+set that is there already is used again; another toy set in its place is replaced.
 """
 
 import argparse
