@@ -23,7 +23,9 @@ class QuantAdd(QuantUnit):
             ``a <= -b`` gives ``clip(a) <= -clip(b)``. (The branch of a residual block has large negative
             values that the ReLU removes; a range that covers them wastes half of the integers.) Only
             signedness is decided by all places: without negative integers, ``a = -5`` would become 0, and its
-            sum with ``b = 3`` positive. An input that a layer sharing the quantizer reads too counts whole.
+            sum with ``b = 3`` positive. Where a layer shares the quantizer, because it reads one of the
+            inputs, the range is that of the layer: the branch has a longer tail, which would make the layer's
+            input coarse. Its few values beyond are clipped.
     """
 
     kind = 'Add'
@@ -36,19 +38,24 @@ class QuantAdd(QuantUnit):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         quantizer = self.input_quantizer
         if self.before_relu and quantizer is not None and quantizer.observing:
-            total = a + b
-            # All places that are not known to be at most 0, so that NaN is kept, and found.
-            kept = (total <= 0).logical_not_().reshape(-1).nonzero().squeeze(1)
-            for x in (a, b):
-                if quantizer.spec.unsigned == 'auto':  # else the sign is settled
-                    quantizer.observer.note_sign(x)
-                if not quantizer.counted(x):
-                    quantizer(x.expand_as(total).reshape(-1).index_select(0, kept))
-            return total
+            if quantizer.spec.unsigned == 'auto':  # else the sign is settled
+                quantizer.observer.note_sign(a)
+                quantizer.observer.note_sign(b)
+            return self._observed(a, b)
         if quantizer is not None and quantizer.dynamic:
             amax = largest_magnitude(a, b)
             return quantizer(a, amax=amax) + quantizer(b, amax=amax)
         return self.quantize_input(a) + self.quantize_input(b)
+
+    def _observed(self, a: Tensor, b: Tensor) -> Tensor:
+        total, quantizer = a + b, self.input_quantizer
+        if quantizer.counted(a) or quantizer.counted(b):
+            return total
+        # All places that are not known to be at most 0, so that NaN is kept, and found.
+        kept = (total <= 0).logical_not_().reshape(-1).nonzero().squeeze(1)
+        for x in (a, b):
+            quantizer(x.expand_as(total).reshape(-1).index_select(0, kept))
+        return total
 
 
 class QuantConcat(QuantUnit):

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
 
+from q3d_plugin import lifecycle
 from q3d_plugin.calibration.ranges import compute_ranges
 from q3d_plugin.layers import QuantAdd, QuantConcat, converted
 from q3d_plugin.quantizer import Quantizer
 from q3d_plugin.recipe import Recipe
+from q3d_plugin.transforms.insert import quantize_, share_input
 
 
 def prepared(unit, amax=None, **recipe):
@@ -153,3 +156,32 @@ def test_an_addition_before_a_relu_keeps_negative_inputs_negative(target):
     add(a.abs(), b)
     compute_ranges([add.input_quantizer])
     assert add.input_quantizer.unsigned is (target == 'openvino')
+
+
+@pytest.mark.parametrize('target', ['tensorrt', 'openvino'])
+def test_a_layer_that_shares_the_quantizer_of_a_residual_addition_gives_the_range(target):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = nn.Conv2d(3, 3, 1)
+
+        def setup_quant(self):
+            self.add = QuantAdd(before_relu=True)
+            share_input([self.conv1, self.add])
+
+        def forward(self, x):
+            return torch.relu(self.add(5 * self.conv1(x), x))
+
+    block, x = quantize_(Block()).eval(), torch.rand(2, 3, 8, 8)
+    recipe = dict(target=target, activation=dict(calibrator='max'))
+    lifecycle.configure(block, Recipe.from_dict(recipe))
+    lifecycle.calibrate(block, [x, 2 * x], block)
+    quantizer = block.add.input_quantizer
+    assert quantizer is block.conv1.input_quantizer
+    assert quantizer._amax.item() == pytest.approx(2 * x.max().item())
+    # The branch has both signs, and what is negative in it must not become 0.
+    assert not quantizer.unsigned
+    with torch.no_grad():
+        branch = 5 * nn.functional.conv2d(x, block.conv1.weight, block.conv1.bias)
+        off = block.add(branch, x) <= 0
+    assert off[(branch < -x)].all()
