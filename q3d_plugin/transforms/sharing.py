@@ -262,10 +262,12 @@ def share_scales(model: nn.Module, groups: Sequence[Sequence[str]]) -> List[List
 def undeclared_groups(model: nn.Module) -> List[List[str]]:
     """Names of the units that have one quantizer because calibration found that they need one."""
     names: Dict[int, List[str]] = {}
-    declared: Dict[int, Set[int]] = {}
+    declared: Dict[int, Set[Any]] = {}
     for name, unit in units(model):
         names.setdefault(id(unit.input_quantizer), []).append(name)
-        declared.setdefault(id(unit.input_quantizer), set()).add(id(unit.input_group or unit))
+        # Within a declared group, layers that a recipe smooths are apart from the rest at first.
+        key = id(unit.input_group or unit), getattr(unit, 'smooth_spec', None)
+        declared.setdefault(id(unit.input_quantizer), set()).add(key)
     return [names[key] for key in names if key != id(None) and len(declared[key]) > 1]
 
 
