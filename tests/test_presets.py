@@ -30,10 +30,16 @@ class Fusion(nn.Module):
         conv = lambda: nn.Conv2d(4, 4, 1)  # noqa: E731
         self.add_module(lidar, nn.ModuleDict(dict(conv_input=nn.Sequential(conv()), conv_out=conv())))
         if cameras:
-            self.add_module(
-                view, nn.ModuleDict(dict(downsample=nn.Sequential(conv(), conv()), depthnet=conv()))
-            )
-        self.add_module(neck, nn.ModuleDict(dict(deblocks=nn.ModuleList([conv(), conv()]))))
+            down = nn.Sequential(conv(), nn.ReLU(), nn.ReLU(), conv(), nn.ReLU(), nn.ReLU(), conv())
+            self.add_module(view, nn.ModuleDict(dict(downsample=down, depthnet=conv())))
+        self.add_module(neck, nn.ModuleDict(dict(deblocks=nn.ModuleList([conv(), conv()]), concat=conv())))
+        # OpenPCDet pads before the first layer of a block, in the module that also has the deblocks.
+        block = [conv(), nn.ReLU(), nn.ReLU(), conv()]
+        if framework == 'mmdet3d':
+            self.pts_backbone = nn.ModuleDict(dict(blocks=nn.ModuleList([nn.Sequential(*block)])))
+        else:
+            padded = nn.Sequential(nn.ZeroPad2d(1), *block)
+            self.get_submodule(neck)['blocks'] = nn.ModuleList([padded])
         self.add_module(
             head, nn.ModuleDict(dict(heatmap_head=nn.Sequential(conv(), conv()), shared_conv=conv()))
         )
@@ -61,7 +67,8 @@ def test_the_preset_means_the_same_in_both_frameworks(framework):
     assert floats(model) == {
         f'{lidar}.conv_input.0',
         f'{view}.downsample.0',
-        f'{view}.downsample.1',
+        f'{view}.downsample.3',
+        f'{view}.downsample.6',
         f'{neck}.deblocks.0',
         f'{head}.heatmap_head.0',
         f'{head}.heatmap_head.1',
@@ -73,13 +80,22 @@ def test_the_preset_means_the_same_in_both_frameworks(framework):
     assert f'{lidar}.conv_out' in floats(fusion(framework, cameras=False, skip=[NVIDIA, '*conv_out']))
 
 
+@pytest.mark.parametrize('framework', Fusion.NAMES)
+def test_the_preset_of_our_own_sensitivity_means_the_same_in_both_frameworks(framework):
+    _, view, neck, head = Fusion.NAMES[framework]
+    model = fusion(framework, skip=['preset:q3d-bevfusion'], include=[head])
+    first = ('pts_backbone.blocks.0.0', 'pts_backbone.blocks.0.3')
+    blocks = first if framework == 'mmdet3d' else (f'{neck}.blocks.0.1', f'{neck}.blocks.0.4')
+    assert floats(model) == {*blocks, f'{neck}.deblocks.0', f'{neck}.concat', f'{view}.downsample.6'}
+
+
 def test_the_log_shows_a_preset_written_out(caplog):
     logger = logging.getLogger('presets')
     with caplog.at_level(logging.INFO):
         fusion('mmdet3d', logger=logger, skip=[NVIDIA])
     (text,) = [r.getMessage() for r in caplog.records if r.name == 'presets']
     assert text.startswith(f'{NVIDIA} stands for (NVIDIA')
-    for word in ('pts_neck.deblocks.0: first deblock', 'view_transform.downsample', '(2 layers'):
+    for word in ('pts_neck.deblocks.0: first deblock', 'view_transform.downsample', '(3 layers'):
         assert word in text
     assert 'backbone_2d' not in text  # names of the other framework
 

@@ -59,6 +59,21 @@ PRESETS: Dict[str, Preset] = {
         ),
         'NVIDIA Lidar_AI_Solution, CUDA-BEVFusion, qat/ptq.py and qat/lean/quantize.py',
     ),
+    'q3d-bevfusion': Preset(
+        (
+            PresetLine(('pts_backbone.blocks.0.0', 'backbone_2d.blocks.0.1'), 'first layer of the decoder'),
+            PresetLine(('pts_backbone.blocks.0.3', 'backbone_2d.blocks.0.4'), 'second layer of the decoder'),
+            PresetLine(('pts_neck.deblocks.0', 'backbone_2d.deblocks.0'), 'first deblock of the decoder'),
+            PresetLine(('pts_neck.concat', 'backbone_2d.concat'), 'levels of the decoder'),
+            PresetLine(
+                ('view_transform.downsample.6', 'vtransform.downsample.6'),
+                'last layer behind BEV pooling',
+                optional=True,
+            ),
+        ),
+        'q3d sensitivity mmdet3d/toy_bevfusion_w8a8.py mmdet3d/toy_bevfusion.pth --frames 2 '
+        '--calibration-frames 16 --keep-output-error 0.015 --max-skipped 12 --candidates 6',
+    ),
 }
 """Name -> skip list."""
 
