@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from mmdet3d.models.segmentors import EncoderDecoder3D
 from mmdet3d.registry import MODELS
-from mmdet3d.structures import Det3DDataSample
+from mmdet3d.structures import Det3DDataSample, LiDARInstance3DBoxes
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
@@ -111,8 +111,10 @@ class MMDet3D(Adapter):
         return model.data_preprocessor(batch, False)
 
     def points_batch(self, model: nn.Module, points: np.ndarray) -> Dict[str, Any]:
-        batch = {'inputs': {'points': [torch.from_numpy(points)]}, 'data_samples': [Det3DDataSample()]}
-        return self.prepare(model, batch)
+        # Points of a LiDAR; TransFusion's head asks the frame for the type of its boxes.
+        sample = Det3DDataSample(metainfo=dict(box_type_3d=LiDARInstance3DBoxes))
+        inputs = {'points': [torch.from_numpy(points)]}
+        return self.prepare(model, {'inputs': inputs, 'data_samples': [sample]})
 
     def reads_images(self, cfg: Config) -> bool:
         return 'img' in packed_keys(cfg)

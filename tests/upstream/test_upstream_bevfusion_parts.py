@@ -129,7 +129,6 @@ def choose_alike(reference, model):
 )
 def test_full_size_on_the_real_frame(real, config, layers, operations):
     """Off is float at every layer, W8A8 runs after a calibration on the frame, and coverage is complete."""
-    from mmdet3d.structures import LiDARInstance3DBoxes
 
     from q3d_plugin import lifecycle
     from q3d_plugin.coverage import NORMALIZATION, counted, coverage
@@ -148,7 +147,6 @@ def test_full_size_on_the_real_frame(real, config, layers, operations):
     frame, names = adapter.frame_batch(cfg, reference, read_frame(str(FRAME))), comparable(model)
     if 'cam' in config:
         assert frame['inputs']['imgs'].shape == (1, 6, 3, 256, 704)
-    frame['data_samples'][0].set_metainfo(dict(box_type_3d=LiDARInstance3DBoxes))
     handles = weights.settle(reference)
     choice = choose_alike(reference.bbox_head.heatmap_head, model.bbox_head.heatmap_head)
     expected, stopped = compare.record(adapter, reference, frame, names)
