@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from q3d_plugin import checkpoints, lifecycle
 from q3d_plugin.coverage import NORMALIZATION, coverage
-from q3d_plugin.layers import QuantConcat
+from q3d_plugin.layers import QuantAdd, QuantConcat
 from q3d_plugin.mmdet3d import parts
 from q3d_plugin.mmdet3d.projects import import_bevfusion
 from q3d_plugin.mmdet3d.quant_types import put_quant_types
@@ -167,15 +167,30 @@ def test_groups_are_those_of_the_study(make, name, expected):
 
 
 @pytest.mark.parametrize('name', MODELS_OF)
-def test_whoever_reads_a_tensor_of_a_concatenation_has_its_scale(make, name):
+def test_whoever_reads_a_tensor_of_an_addition_or_concatenation_has_its_scale(make, name):
     model = calibrated(make, name, HEAD)
     named = dict(lifecycle.units(model))
     concatenations = {n for n, unit in named.items() if isinstance(unit, QuantConcat)}
     assert len(concatenations) == {'resnet': 5, 'swin': 5, 'without_points': 4, 'lidar': 1}[name]
+    additions = {n for n, unit in named.items() if isinstance(unit, QuantAdd)}
+    assert bool(additions)
     for group in found_groups(model, lambda: toy.raw_outputs(model, toy.frame())):
-        if concatenations.intersection(group):
+        if (concatenations | additions).intersection(group):
             assert len({id(named[n].input_quantizer) for n in group}) == 1, group
     assert check_sharing(model, lambda: toy.raw_outputs(model, toy.frame())).together == []
+
+
+def test_residual_blocks_of_the_cameras_follow_the_study(make):
+    model = make('resnet', HEAD)
+    blocks = [block for i in (1, 2, 3, 4) for block in getattr(model.img_backbone, f'layer{i}')]
+    without = [block for block in blocks if block.downsample is None]
+    assert without and len(without) < len(blocks)
+    for block in blocks:
+        first, addition = block.conv1.input_quantizer, block.add.input_quantizer
+        if block.downsample is None:
+            assert addition is first
+        else:
+            assert block.downsample[0].input_quantizer is first and addition is not first
 
 
 @pytest.mark.parametrize('name', MODELS_OF)
