@@ -21,6 +21,7 @@ __all__ = [
     'counted',
     'coverage',
     'coverage_table',
+    'is_layer',
     'residual_blocks',
     'write_coverage',
 ]
@@ -181,9 +182,18 @@ def counted(rows: Sequence[Tuple[str, str, bool]]) -> Totals:
     totals = Totals([], [], [])
     for kind, note, quantized in rows:
         if note != NORMALIZATION:
-            which = totals.operations if kind in ('Add', 'Concat') else totals.layers
-            (totals.operands if kind == 'MatMul' else which).append(bool(quantized))
+            getattr(totals, _sum_of(kind)).append(bool(quantized))
     return totals
+
+
+def _sum_of(kind: str) -> str:
+    """The attribute of :class:`Totals` that a row of this kind counts in."""
+    return {'Add': 'operations', 'Concat': 'operations', 'MatMul': 'operands'}.get(kind, 'layers')
+
+
+def is_layer(kind: str, note: str) -> bool:
+    """Whether a row of the coverage table, by its kind and its note, is a layer that could be quantized."""
+    return note != NORMALIZATION and _sum_of(kind) == 'layers'
 
 
 def residual_blocks(rows: List[CoverageRow]) -> Dict[str, List[int]]:

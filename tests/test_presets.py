@@ -121,7 +121,7 @@ def test_every_preset_says_why_and_from_where():
         assert preset.source and preset.lines
         assert all(line.patterns and line.reason for line in preset.lines)
         assert missing(PREFIX + name, []) == preset.lines[0].patterns
-        assert len(expanded([PREFIX + name])) == sum(len(line.patterns) for line in preset.lines)
+        assert len(list(expanded([PREFIX + name]))) == sum(len(line.patterns) for line in preset.lines)
 
 
 def test_a_layer_is_float_by_default_until_it_is_included():

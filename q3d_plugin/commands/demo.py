@@ -20,7 +20,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 
 from q3d_plugin import files
-from q3d_plugin.coverage import NORMALIZATION, counted
+from q3d_plugin.coverage import counted, is_layer
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.metrics import summarize
 from q3d_plugin.shipped import configs_folder
@@ -132,12 +132,12 @@ def layers_of(run_dir: Path) -> Dict[str, Any]:
     """How many layers are quantized, from the coverage that QuantHook wrote."""
     rows = files.read_json(run_dir / 'coverage.json', 'coverage')
     totals = counted([(r['kind'], r.get('note', ''), r['quantized']) for r in rows])
-    others = [r for r in rows if r['kind'] in ('Add', 'Concat', 'MatMul') or r.get('note') == NORMALIZATION]
+    layers = [r for r in rows if is_layer(r['kind'], r.get('note', ''))]
     return {
         'layers': len(totals.layers),
         'quantized_layers': sum(totals.layers),
         'quantized_elementwise': sum(totals.operations),
-        'float_layers': [r['name'] for r in rows if not r['quantized'] and r not in others],
+        'float_layers': [r['name'] for r in layers if not r['quantized']],
     }
 
 

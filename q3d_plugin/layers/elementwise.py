@@ -38,9 +38,10 @@ class QuantAdd(QuantUnit):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         quantizer = self.input_quantizer
         if self.before_relu and quantizer is not None and quantizer.observing:
-            if quantizer.spec.unsigned == 'auto':  # else the sign is settled
-                quantizer.observer.note_sign(a)
-                quantizer.observer.note_sign(b)
+            for x in (a, b):
+                # Else the sign is settled, or in the statistics.
+                if quantizer.spec.unsigned == 'auto' and not quantizer.counted(x):
+                    quantizer.observer.note_sign(x)
             return self._observed(a, b)
         if quantizer is not None and quantizer.dynamic:
             amax = largest_magnitude(a, b)

@@ -4,8 +4,8 @@ A recipe names one among its patterns, ``skip=['preset:nvidia-bevfusion']``. A p
 frameworks, whose modules have other names: each of its lines has alternatives.
 """
 
-from collections.abc import Sequence
-from typing import Dict, List, NamedTuple, Tuple
+from collections.abc import Iterator, Sequence
+from typing import Dict, NamedTuple, Tuple
 
 from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.recipe.patterns import matches
@@ -78,25 +78,29 @@ PRESETS: Dict[str, Preset] = {
 """Name -> skip list."""
 
 
-def expanded(skip: Sequence[str]) -> List[Tuple[str, str]]:
+def _preset(entry: str) -> Preset:
+    """The preset of a name with its prefix."""
+    return PRESETS[entry[len(PREFIX) :]]
+
+
+def expanded(skip: Sequence[str]) -> Iterator[Tuple[str, str]]:
     """The patterns of a skip list, those of its presets in the place of their names, each with its reason.
 
     Args:
         skip: Patterns and names of presets.
 
     Examples:
-        >>> expanded(['neck', 'preset:nvidia-bevfusion'])[:2]
+        >>> list(expanded(['neck', 'preset:nvidia-bevfusion']))[:2]
         [('neck', "skipped by 'neck'"), ('pts_middle_encoder.conv_input', \
 "skipped by 'preset:nvidia-bevfusion' (first layer of the LiDAR branch)")]
     """
-    out = []
     for entry in skip:
         if entry.startswith(PREFIX):
-            for line in PRESETS[entry[len(PREFIX) :]].lines:
-                out += [(pattern, f'skipped by {entry!r} ({line.reason})') for pattern in line.patterns]
+            for line in _preset(entry).lines:
+                for pattern in line.patterns:
+                    yield pattern, f'skipped by {entry!r} ({line.reason})'
         else:
-            out.append((entry, f'skipped by {entry!r}'))
-    return out
+            yield entry, f'skipped by {entry!r}'
 
 
 def missing(entry: str, names: Sequence[str]) -> Tuple[str, ...]:
@@ -106,7 +110,7 @@ def missing(entry: str, names: Sequence[str]) -> Tuple[str, ...]:
         entry: Name of a preset, with its prefix.
         names: Names of all layers.
     """
-    for line in PRESETS[entry[len(PREFIX) :]].lines:
+    for line in _preset(entry).lines:
         if not line.optional and not any(matches(p, name) for p in line.patterns for name in names):
             return line.patterns
     return ()
@@ -119,7 +123,7 @@ def described(entry: str, names: Sequence[str]) -> str:
         entry: Name of a preset, with its prefix.
         names: Names of all layers.
     """
-    preset = PRESETS[entry[len(PREFIX) :]]
+    preset = _preset(entry)
     lines = []
     for line in preset.lines:
         for pattern in line.patterns:
