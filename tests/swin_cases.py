@@ -191,3 +191,28 @@ def original_names(state):
             name = name.replace(mine, theirs)
         out[name] = value
     return out
+
+
+def check_frozen(source, model, any_frozen):
+    """In training the same parameters are frozen as in the float backbone."""
+    # Not in one line: MMDetection's Swin returns nothing from train().
+    source.train(), model.train()
+    frozen = [[n for n, p in m.named_parameters() if not p.requires_grad] for m in (source, model)]
+    assert frozen[0] == frozen[1] and bool(frozen[0]) == any_frozen
+
+
+def check_recomputed(swin):
+    """Blocks that are recomputed in the backward pass have the same gradients, with every quantizer on."""
+    gradients = []
+    for with_cp in (False, True):
+        settings = dict(SMALL, with_cp=with_cp, drop_path_rate=0.0)
+        _, model = pair(swin, settings, dict(mode='qat', include=['*']))
+        x = image()
+        calibrate(swin, model, x)
+        model.train()
+        x.requires_grad_()
+        sum(level.square().mean() for level in swin.levels(model, x)).backward()
+        gradients.append({'image': x.grad, **{n: p.grad for n, p in model.named_parameters()}})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None and gradient.abs().sum() > 0, name
+        assert torch.equal(gradient, gradients[1][name]), name

@@ -12,6 +12,8 @@ from swin_cases import (
     Swin,
     built,
     calibrate,
+    check_frozen,
+    check_recomputed,
     image,
     l1,
     largest_difference,
@@ -43,10 +45,7 @@ MINE = {**VARIANTS, 'relu': dict(act_cfg=dict(type='ReLU'))}
 def test_off_is_float_at_every_layer(name):
     source, model = pair(MMDET, {**SMALL, **MINE[name]})
     assert largest_difference(MMDET, model, source, image()) < 1e-5
-    # And in training the same parameters are frozen.
-    source.train(), model.train()
-    frozen = [[n for n, p in m.named_parameters() if not p.requires_grad] for m in (source, model)]
-    assert frozen[0] == frozen[1] and bool(frozen[0]) == (name == 'frozen')
+    check_frozen(source, model, name == 'frozen')
 
 
 @pytest.mark.slow
@@ -90,19 +89,7 @@ def test_each_product_can_be_switched_on_by_a_pattern(product):
 
 
 def test_recomputed_blocks_have_the_same_gradients():
-    gradients = []
-    for with_cp in (False, True):
-        settings = dict(SMALL, with_cp=with_cp, drop_path_rate=0)
-        _, model = pair(MMDET, settings, dict(mode='qat', include=['*']))
-        x = image()
-        calibrate(MMDET, model, x)
-        model.train()
-        x.requires_grad_()
-        sum(level.square().mean() for level in model(x)).backward()
-        gradients.append({'image': x.grad, **{n: p.grad for n, p in model.named_parameters()}})
-    for name, gradient in gradients[0].items():
-        assert gradient is not None and gradient.abs().sum() > 0, name
-        assert torch.equal(gradient, gradients[1][name]), name
+    check_recomputed(MMDET)
 
 
 @pytest.mark.parametrize('original', [True, False])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_size import choose_alike
 
 ROOT = os.environ.get('MMDET3D_ROOT')
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -105,16 +106,6 @@ def test_shipped_configs_are_the_real_ones_with_quant_types(real, name):
     parts = {k for k, v in cfg.model.items() if v != expected.model.get(k)}
     expected = {'lidar': set(), 'lidar-cam_swint': {'img_backbone'}}
     assert parts == expected.get(name, {'img_backbone', 'img_neck'})
-
-
-def choose_alike(reference, model):
-    """Has ``model`` choose its proposals by the heatmap of ``reference``, which has to run first.
-
-    Of 324,000 scores two that are next to each other differ by less than a sum in another order does.
-    """
-    kept = []
-    hook = reference.register_forward_hook(lambda module, args, output: kept.append(output.clone()))
-    return [hook, model.register_forward_hook(lambda module, args, output: kept[-1].clone())]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from full_size import choose_alike
 
 ROOT = os.environ.get('OPENPCDET_ROOT')
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -138,16 +139,6 @@ def test_parts_of_the_double_have_the_real_weights_and_results(adapter, double, 
         with torch.no_grad():
             for got, expected in zip(run[name](mine), run[name](real)):
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def choose_alike(reference, model):
-    """Has ``model`` choose its proposals by the heatmap of ``reference``, which has to run first.
-
-    Of 324,000 scores two that are next to each other differ by less than a sum in another order does.
-    """
-    kept = []
-    hook = reference.register_forward_hook(lambda module, args, output: kept.append(output.clone()))
-    return [hook, model.register_forward_hook(lambda module, args, output: kept[-1].clone())]
 
 
 @pytest.mark.slow

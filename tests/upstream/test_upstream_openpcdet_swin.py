@@ -12,6 +12,8 @@ from swin_cases import (
     Swin,
     built,
     calibrate,
+    check_frozen,
+    check_recomputed,
     image,
     largest_difference,
     original_names,
@@ -60,9 +62,7 @@ PCDET = Swin(_build, lambda model, x: model({'camera_imgs': x[None]})['image_fea
 def test_off_is_float_at_every_layer(name):
     source, model = pair(PCDET, {**SMALL, **VARIANTS[name]})
     assert largest_difference(PCDET, model, source, image()) < 1e-5
-    source.train(), model.train()
-    frozen = [[n for n, p in m.named_parameters() if not p.requires_grad] for m in (source, model)]
-    assert frozen[0] == frozen[1] and bool(frozen[0]) == (name == 'frozen')
+    check_frozen(source, model, name == 'frozen')
 
 
 @real
@@ -82,19 +82,7 @@ def test_every_layer_is_quantized_and_each_product_can_be_switched_on():
 
 
 def test_recomputed_blocks_have_the_same_gradients():
-    gradients = []
-    for with_cp in (False, True):
-        settings = dict(SMALL, with_cp=with_cp, drop_path_rate=0.0)
-        _, model = pair(PCDET, settings, dict(mode='qat', include=['*']))
-        x = image()
-        calibrate(PCDET, model, x)
-        model.train()
-        x.requires_grad_()
-        sum(level.square().mean() for level in PCDET.levels(model, x)).backward()
-        gradients.append({'image': x.grad, **{n: p.grad for n, p in model.named_parameters()}})
-    for name, gradient in gradients[0].items():
-        assert gradient is not None and gradient.abs().sum() > 0, name
-        assert torch.equal(gradient, gradients[1][name]), name
+    check_recomputed(PCDET)
 
 
 def test_pretrained_weights_are_loaded_as_into_the_float_type(tmp_path):
