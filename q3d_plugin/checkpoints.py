@@ -13,8 +13,9 @@ from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.files import replacing
 from q3d_plugin.layers import QuantUnit
 from q3d_plugin.layers.model import units
-from q3d_plugin.quantizer import UNSIGNED_MODES, Mode
+from q3d_plugin.quantizer import UNSIGNED_MODES, Mode, Quantizer
 from q3d_plugin.recipe import TARGETS, LayerPlan, Recipe, differences
+from q3d_plugin.trained_range import LOG2_KEY
 from q3d_plugin.transforms.fold import fold_state_dict
 from q3d_plugin.transforms.sharing import share_scales, undeclared_groups
 
@@ -23,6 +24,7 @@ __all__ = [
     'check_recipe_of',
     'check_state_dict',
     'is_quantized_checkpoint',
+    'load_quantizers',
     'restore_sharing',
     'save_checkpoint',
     'stamp',
@@ -42,7 +44,7 @@ def is_quantized_checkpoint(state_dict: Mapping) -> bool:
 
 
 _OWN_KEYS = ('_quantizer._amax', '_quantizer._state', '.smooth_alpha', '.smooth_scale', '.smooth_weight')
-_OWN_KEYS += ('camera_input._calibrated',)
+_OWN_KEYS += ('camera_input._calibrated', f'_quantizer.{LOG2_KEY}')
 
 
 def _is_quantizer_key(key: str) -> bool:
@@ -98,8 +100,8 @@ def check_state_dict(model: nn.Module, state_dict: Mapping, source: str = 'check
             + (near if near.startswith('; did') else '')
         )
     if is_quantized_checkpoint(state_dict):
-        needed = {k for k in mine if _is_quantizer_key(k)}
-        given = {k for k in state_dict if _is_quantizer_key(k)}
+        needed = {k for k in mine if _is_quantizer_key(k) and not k.endswith(LOG2_KEY)}
+        given = {k for k in state_dict if _is_quantizer_key(k) and not k.endswith(LOG2_KEY)}
         if needed != given:
             lacking, extra = sorted(needed - given), sorted(given - needed)
             raise Q3DError(
@@ -253,6 +255,19 @@ def restore_sharing(meta: Optional[Mapping], model: nn.Module) -> None:
         model: Configured by the recipe of the checkpoint.
     """
     share_scales(model, ((meta or {}).get(META_KEY) or {}).get('shared_scales', ()))
+
+
+def load_quantizers(model: nn.Module, state_dict: Mapping) -> None:
+    """Loads ranges and modes alone, before the weights come.
+
+    Args:
+        model: With the quantizers of the checkpoint.
+        state_dict: Quantized.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            own = {k: v for k, v in state_dict.items() if k.startswith(f'{name}.')}
+            module._load_from_state_dict(own, f'{name}.', {}, False, [], [], [])
 
 
 def save_checkpoint(

@@ -9,7 +9,7 @@ from typing import Optional, Tuple, Union
 import torch
 from torch import Tensor
 
-from q3d_plugin import kernel, scratch
+from q3d_plugin import kernel, scratch, straight_through
 
 __all__ = [
     'bounds',
@@ -70,9 +70,10 @@ def fake_quantize(
     unsigned: bool = False,
     axis: Optional[int] = None,
     inplace: bool = False,
+    factor: float = 1.0,
 ) -> Tensor:
     """Rounds ``x`` to the grid of an integer format and back; gradients pass straight through inside the
-    range.
+    range, and to ``amax`` where it requires one (:mod:`q3d_plugin.straight_through`).
 
     Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", equation 12, with zero point 0. Without gradients a chain of in-place operations is used on
@@ -88,6 +89,7 @@ def fake_quantize(
         unsigned: Whether the integers start at zero; negative values become 0.
         axis: The axis that has ranges of its own; None for one range for all.
         inplace: Write the result into ``x``, which saves its copy; only where no gradients are wanted.
+        factor: Of the gradient of ``amax``.
 
     Returns:
         Tensor: Shape and dtype of ``x``.
@@ -96,13 +98,15 @@ def fake_quantize(
         >>> fake_quantize(torch.tensor([-0.3, 0.26, 9.0]), torch.tensor(7.0), bits=4)
         tensor([-0., 0., 7.])
     """
+    low, high = bounds(bits, unsigned)
+    scale = (amax.detach().to(x.device, torch.float32) / high).clamp_min(_TINY)
+    if torch.is_grad_enabled() and (x.requires_grad or amax.requires_grad):
+        return straight_through.fake_quantize(x, amax, scale, axis, low, high, factor)
     half, fast = x.dtype in (torch.float16, torch.bfloat16), kernel.is_fast(x.device.type, x.dtype)
     if half and not (fast and axis is None):
         # The inverse of a small step overflows in half precision, and 0 * inf is NaN.
         return fake_quantize(x.float(), amax, bits, unsigned, axis).to(x.dtype)
-    low, high = bounds(bits, unsigned)
-    scale = (amax.detach().to(x.device, torch.float32) / high).clamp_min(_TINY)
-    if (torch.is_grad_enabled() and x.requires_grad) or half or (fast and not inplace):
+    if half or (fast and not inplace):
         return kernel.fake_quantize(x, scale, axis, low, high)
     if axis is not None:
         shape = [1] * x.dim()

@@ -22,6 +22,7 @@ from q3d_plugin.memo import TensorMemo
 from q3d_plugin.modes import STAGES, UNSIGNED_MODES, Mode, Role, Stage
 from q3d_plugin.observer import MagnitudeHistogram
 from q3d_plugin.recipe import ActivationSpec, WeightSpec
+from q3d_plugin.trained_range import TrainedRange, largest_magnitude
 
 __all__ = ['ADVICE', 'UNSIGNED_MODES', 'Mode', 'Quantizer', 'Role', 'Stage', 'largest_magnitude']
 
@@ -30,20 +31,10 @@ ADVICE: List[str] = []
 """How a model gets its ranges, for messages; each adapter adds the way of its framework."""
 
 
-def largest_magnitude(*tensors: Tensor) -> Tensor:
-    """The largest magnitude in some tensors, a scalar without gradient; 0 where all are empty.
-
-    Args:
-        tensors: Any shapes.
-    """
-    found = [numerics.extremes(t.detach()).abs().amax().to(t.dtype) for t in tensors if t.numel()]
-    return torch.stack(found).amax() if found else torch.zeros((), device=tensors[0].device)
-
-
 _ITSELF = object()
 
 
-class Quantizer(TensorQuantizer):
+class Quantizer(TrainedRange, TensorQuantizer):
     """Fake-quantizes one tensor, per tensor or per channel.
 
     Args:
@@ -95,6 +86,7 @@ class Quantizer(TensorQuantizer):
         self._memo = TensorMemo()
         self._amax_read: Optional[Tuple] = None
         self._disabled, self._if_quant = False, True
+        self.train_range('fixed')
         with torch.no_grad():
             self._amax.zero_()
         self._num_bits = spec.bits
@@ -172,7 +164,8 @@ class Quantizer(TensorQuantizer):
     @property
     def amax(self) -> Optional[Tensor]:
         """The range, or ranges; None where there is none."""
-        return self._amax if self.has_range else None
+        with torch.no_grad():
+            return self.current_range() if self.has_range else None
 
     @amax.setter
     def amax(self, value: Union[float, Tensor]) -> None:
@@ -182,10 +175,15 @@ class Quantizer(TensorQuantizer):
                 f'amax of {self.name or "a quantizer"}: {value.numel()} numbers were given, it has '
                 f'{self._amax.numel()} ranges'
             )
-        with torch.no_grad():
-            self._amax.copy_(value.reshape(self._amax.shape))
+        self._put(value)
         self._set_ranged(self._unsigned, dynamic=False)
         self._end_observing()
+
+    def _put(self, amax: Tensor) -> None:
+        # A range that somebody sets is not the one that was learned.
+        self.train_range('fixed')
+        with torch.no_grad():
+            self._amax.copy_(amax.to(self._amax).reshape(self._amax.shape))
 
     @property
     def narrow_range(self) -> bool:
@@ -245,8 +243,7 @@ class Quantizer(TensorQuantizer):
             amax: Scalar, or (C,) for a weight. A dynamic range replaces it for every tensor.
             unsigned: Whether the integers start at zero.
         """
-        with torch.no_grad():
-            self._amax.copy_(amax.to(self._amax).reshape(self._amax.shape))
+        self._put(amax)
         self._set_ranged(unsigned, getattr(self.spec, 'range', 'static') == 'dynamic')
         self._end_observing()
 
@@ -274,14 +271,14 @@ class Quantizer(TensorQuantizer):
         """
         self.used = True
         if self._disabled or inputs.numel() == 0:
-            return inputs
+            return self.tied(inputs)
         if self.observer is not None:
             if self._remembered(inputs) is None:
                 self.finite = self.observer.update(inputs) and self.finite
                 self._remember(inputs, inputs)
             return inputs
-        if self._mode is Mode.FLOAT or not self._if_quant:
-            return inputs
+        if self._mode is Mode.FLOAT or not self._if_quant or (self.waiting and self.training):
+            return self.tied(inputs)
         if self._mode is Mode.UNCALIBRATED:
             raise Q3DError(
                 f'{self.name or "a quantizer"} has no range: the model has Quant types but was not '
@@ -294,7 +291,10 @@ class Quantizer(TensorQuantizer):
             return inputs if known is _ITSELF else known
         if self._on_grid(inputs):
             return inputs
-        out = self._quantize(inputs, largest_magnitude(inputs) if self._dynamic else self._amax, inplace)
+        if self.training and self.trained == 'moving':
+            self.note_peak(inputs)
+        range_ = largest_magnitude(inputs) if self._dynamic else self.current_range()
+        out = self._quantize(inputs, range_, inplace)
         self._remember(inputs, out)
         if inplace and not self._dynamic and not out.is_inference():
             out._q3d_grid = (out._version, self._grid)
@@ -312,7 +312,10 @@ class Quantizer(TensorQuantizer):
     def _quantize(self, x: Tensor, amax: Tensor, inplace: bool) -> Tensor:
         if TensorQuantizer.use_fb_fake_quant:
             return numerics.native_fake_quantize(x, amax, self._num_bits, self._unsigned, self._axis)
-        return numerics.fake_quantize(x, amax, self._num_bits, self._unsigned, self._axis, inplace)
+        high, factor = numerics.bounds(self._num_bits, self._unsigned)[1], 1.0
+        if amax.requires_grad:
+            factor = self.range_gradient_factor(x, high)
+        return numerics.fake_quantize(x, amax, self._num_bits, self._unsigned, self._axis, inplace, factor)
 
     @property
     def _grid(self) -> Tuple:
@@ -341,7 +344,7 @@ class Quantizer(TensorQuantizer):
         # parent's version of this method logs an error for every quantizer of every float checkpoint.)
         if prefix + '_state' not in state_dict:
             return
-        torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         mode, bits = self._state.tolist()
         self._set_mode(Mode(mode))
         self._num_bits = bits

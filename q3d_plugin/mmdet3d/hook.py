@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Dict, Optional
 
 from mmengine.dist import barrier, is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 
 from q3d_plugin import checkpoints, lifecycle
@@ -20,6 +21,7 @@ from q3d_plugin.mmdet3d.data import calibration_loader, frame_name
 from q3d_plugin.progress import with_progress
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.run_record import write_run
+from q3d_plugin.training import QuantTraining
 
 __all__ = ['QuantHook']
 
@@ -48,6 +50,7 @@ class QuantHook(Hook):
         self.recipe = Recipe.from_dict(recipe)
         self.save = save
         self._source = 'checkpoint'
+        self._training: Optional[QuantTraining] = None
 
     @staticmethod
     def _model(runner):
@@ -73,7 +76,11 @@ class QuantHook(Hook):
             runner (Runner): The runner.
             checkpoint (dict): As read from the file, before it goes into the model.
         """
-        check_checkpoint(checkpoint, self._model(runner), self.recipe, self._source)
+        state = check_checkpoint(checkpoint, self._model(runner), self.recipe, self._source)
+        if runner._resume and self.recipe.mode == 'qat':
+            # The optimizer is loaded next, and has to have the learned ranges by then.
+            checkpoints.load_quantizers(self._model(runner), state)
+            self._start_training(runner)
 
     def before_train(self, runner) -> None:
         """Calibrates the model that training starts from.
@@ -89,6 +96,36 @@ class QuantHook(Hook):
                 "given; load_from = 'float.pth' in the config would work"
             )
         self._ensure_calibrated(runner)
+        if self._training is None:
+            self._start_training(runner)
+
+    def _start_training(self, runner) -> None:
+        """Has model, wrapper, optimizer and averaged copies know ranges that are parameters from now on."""
+        model = self._model(runner)
+        self._training = QuantTraining(model, self.recipe)
+        if not self._training.parameters:
+            return
+        if is_model_wrapper(runner.model):
+            # It knows the parameters that there were when it was made. It goes first, with its hooks.
+            runner.model = model
+            runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
+        wrappers = runner.optim_wrapper
+        for wrapper in wrappers.values() if isinstance(wrappers, OptimWrapperDict) else [wrappers]:
+            self._training.add_to(wrapper.optimizer)
+            break
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):
+                hook.before_run(runner)  # makes its copy anew
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Brings ranges and quantizers to where the schedule has them.
+
+        Args:
+            runner (Runner): The runner of the training process.
+            batch_idx (int): The index of the current batch.
+            data_batch: Not used.
+        """
+        self._training.before_step(runner.iter / max(1, len(runner.train_dataloader)))
 
     def before_val(self, runner) -> None:
         """Calibrates, where validation runs on its own.

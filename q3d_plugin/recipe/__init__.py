@@ -22,23 +22,29 @@ from q3d_plugin.recipe.specs import (
     WeightSpec,
 )
 from q3d_plugin.recipe.targets import FAMILIES, TARGETS, Target
+from q3d_plugin.recipe.training import RANGE_KINDS, DistillationSpec, RangesSpec, ScheduleSpec, TrainingSpec
 
 __all__ = [
     'CALIBRATORS',
     'FAMILIES',
+    'RANGE_KINDS',
     'TARGETS',
     'WEIGHT_CALIBRATORS',
     'ActivationSpec',
     'CalibrationSpec',
+    'DistillationSpec',
     'LayerFacts',
     'LayerPlan',
     'Override',
     'Place',
+    'RangesSpec',
     'Recipe',
+    'ScheduleSpec',
     'SmoothOverride',
     'SmoothQuantSpec',
     'SmoothSpec',
     'Target',
+    'TrainingSpec',
     'WeightSpec',
     'differences',
     'keys_of',

@@ -29,6 +29,7 @@ from q3d_plugin.recipe.specs import (
     WeightSpec,
 )
 from q3d_plugin.recipe.targets import TARGETS, Problem, Target
+from q3d_plugin.recipe.training import TrainingSpec
 
 __all__ = ['LayerFacts', 'Recipe', 'differences']
 
@@ -65,6 +66,7 @@ class Recipe:
         overrides: Other specs for some layers.
         calibration: The frames that ranges are taken from.
         smoothquant: Which layers have scales moved from their inputs to their weights; None for no layer.
+        training: What happens in quantization-aware training.
         place: Where it stands in its config, for messages. It is no part of the recipe itself.
 
     Examples:
@@ -83,6 +85,7 @@ class Recipe:
     overrides: Tuple[Override, ...] = entry(listed(section(Override)), ())
     calibration: CalibrationSpec = entry(section(CalibrationSpec), CalibrationSpec())
     smoothquant: Optional[SmoothQuantSpec] = entry(optional(section(SmoothQuantSpec)), None)
+    training: TrainingSpec = entry(section(TrainingSpec), TrainingSpec())
     place: Place = field(default=Place(), compare=False, repr=False)
 
     @classmethod

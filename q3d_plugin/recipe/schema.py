@@ -27,6 +27,7 @@ __all__ = [
     'patterns',
     'read',
     'section',
+    'text',
 ]
 
 
@@ -206,6 +207,21 @@ def number(fits: Callable[[float], bool], would_work: str, *words: Any) -> Check
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not fits(value):
             raise Q3DError.at(place, value, f'{would_work} would work')
         return float(value)
+
+    return check
+
+
+def text(would_work: str) -> Check:
+    """Text that is not empty.
+
+    Args:
+        would_work: Says what it means, for messages.
+    """
+
+    def check(value: Any, place: Place) -> str:
+        if not isinstance(value, str) or not value:
+            raise Q3DError.at(place, value, f'{would_work} would work')
+        return value
 
     return check
 

@@ -1,0 +1,81 @@
+"""A model in quantization-aware training, as both adapters drive it."""
+
+from typing import List
+
+import torch
+from torch import nn
+
+from q3d_plugin.layers.model import quantizers
+from q3d_plugin.quantizer import Role
+from q3d_plugin.recipe import Recipe
+from q3d_plugin.training.optimizer import add_ranges, set_lr_factor
+from q3d_plugin.training.ranges import (
+    check_ranges,
+    follow_weights,
+    move_ranges,
+    range_parameters,
+    train_ranges,
+)
+
+__all__ = ['QuantTraining']
+
+
+def _before_state(model: nn.Module, *_) -> None:
+    """Whoever takes the state of a model, to save it, gets ranges that go with the weights."""
+    check_ranges(model)
+    follow_weights(model)
+
+
+class QuantTraining:
+    """The ranges of a model in training, and their schedule.
+
+    It is made once the model is calibrated and before it goes into DistributedDataParallel, so that learned
+    ranges are parameters from then on. Nothing here has to be saved: what the schedule asks for follows from
+    the position in the training, and the rest is in the model and in the optimizer.
+
+    Args:
+        model: Calibrated, on its device.
+        recipe: With ``mode='qat'``.
+
+    Attributes:
+        optimizers: Those that have the learned ranges.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model, self.spec = model, recipe.training
+        self.optimizers: List[torch.optim.Optimizer] = []
+        train_ranges(model, self.spec.ranges)
+        if _before_state not in model._state_dict_pre_hooks.values():
+            model.register_state_dict_pre_hook(_before_state)
+
+    @property
+    def parameters(self) -> List[nn.Parameter]:
+        """The learned ranges."""
+        return range_parameters(self.model)
+
+    def add_to(self, optimizer: torch.optim.Optimizer) -> None:
+        """Has an optimizer learn the ranges; harmless when called again.
+
+        Args:
+            optimizer: Of the weights.
+        """
+        add_ranges(optimizer, self.parameters, self.spec.ranges.lr_factor)
+        if optimizer not in self.optimizers:
+            self.optimizers.append(optimizer)
+
+    def before_step(self, epoch: float) -> None:
+        """Brings ranges and quantizers to where they have to be at a point of the training.
+
+        Args:
+            epoch: Epochs since the start of training, with fractions.
+        """
+        schedule, ranges = self.spec.schedule, self.spec.ranges
+        waiting = epoch < schedule.activations_from
+        for quantizer in quantizers(self.model):
+            quantizer.waiting = waiting and quantizer.role is Role.ACTIVATION
+        follow_weights(self.model)
+        if schedule.observe_until is None or epoch < schedule.observe_until:
+            move_ranges(self.model, ranges.momentum)
+        learning = schedule.learn_until is None or epoch < schedule.learn_until
+        for optimizer in self.optimizers:
+            set_lr_factor(optimizer, ranges.lr_factor if learning else 0.0)
