@@ -13,7 +13,7 @@ from q3d_plugin import checkpoints, safe_load
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import Recipe
 
-__all__ = ['check_checkpoint', 'trust_mmengine_checkpoints']
+__all__ = ['check_checkpoint', 'trust_mmengine_checkpoints', 'weights_of']
 
 _DTYPES = ('float32', 'float64', 'int32', 'int64', 'bool')
 
@@ -49,6 +49,25 @@ def trust_mmengine_checkpoints() -> None:
     safe_load.trust([HistoryBuffer, _pickled_method, *_SCHEDULERS, *arrays, *dtypes])
 
 
+def weights_of(checkpoint: Mapping, source: str = 'checkpoint') -> Dict[str, Any]:
+    """The weights in a checkpoint, by the names of the model.
+
+    Args:
+        checkpoint: As read from the file.
+        source: What to call it in messages.
+
+    Raises:
+        Q3DError: It is of another framework.
+    """
+    if 'model_state' in checkpoint and 'state_dict' not in checkpoint:
+        raise Q3DError(
+            f'{source}: it is a checkpoint of OpenPCDet (it has model_state, not state_dict); use '
+            'it with an OpenPCDet config (--cfg_file X.yaml)'
+        )
+    state = checkpoint.get('state_dict', checkpoint)
+    return {k[7:] if k.startswith('module.') else k: v for k, v in state.items()}
+
+
 def check_checkpoint(
     checkpoint: Mapping, model: nn.Module, recipe: Recipe, source: str = 'checkpoint'
 ) -> Dict[str, Any]:
@@ -68,13 +87,7 @@ def check_checkpoint(
     Raises:
         Q3DError: It is of another framework, another model or another recipe.
     """
-    if 'model_state' in checkpoint and 'state_dict' not in checkpoint:
-        raise Q3DError(
-            f'{source}: it is a checkpoint of OpenPCDet (it has model_state, not state_dict); use '
-            'it with an OpenPCDet config (--cfg_file X.yaml)'
-        )
-    state = checkpoint.get('state_dict', checkpoint)
-    state = {k[7:] if k.startswith('module.') else k: v for k, v in state.items()}
+    state = weights_of(checkpoint, source)
     if checkpoints.is_quantized_checkpoint(state):
         checkpoints.check_recipe_of(checkpoint.get('meta'), state, model, recipe, source)
         checkpoints.restore_sharing(checkpoint.get('meta'), model)

@@ -18,10 +18,12 @@ from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import check_writable, plain, write_text
 from q3d_plugin.mmdet3d.checkpoints import check_checkpoint
 from q3d_plugin.mmdet3d.data import calibration_loader, frame_name
+from q3d_plugin.mmdet3d.distillation import attach_teacher, head_of, known_outputs, load_teacher
 from q3d_plugin.progress import with_progress
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.run_record import write_run
 from q3d_plugin.training import QuantTraining
+from q3d_plugin.training.distillation import check_distillation, frozen_copy
 
 __all__ = ['QuantHook']
 
@@ -51,6 +53,7 @@ class QuantHook(Hook):
         self.save = save
         self._source = 'checkpoint'
         self._training: Optional[QuantTraining] = None
+        self._teacher = ''
 
     @staticmethod
     def _model(runner):
@@ -67,7 +70,11 @@ class QuantHook(Hook):
         if runner._load_from is not None:
             self._source = f'checkpoint {str(runner._load_from)!r}'
             check_checkpoint_file(runner._load_from)
-        lifecycle.configure(self._model(runner), self.recipe, runner.logger)
+        model, distillation = self._model(runner), self.recipe.training.distillation
+        if self.recipe.mode == 'qat' and distillation is not None:
+            head = type(head_of(model)).__name__
+            check_distillation(distillation, known_outputs(model), self.recipe.place, head)
+        lifecycle.configure(model, self.recipe, runner.logger)
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Checks that the checkpoint belongs to this model and, if it is quantized, to this recipe.
@@ -80,7 +87,9 @@ class QuantHook(Hook):
         if runner._resume and self.recipe.mode == 'qat':
             # The optimizer is loaded next, and has to have the learned ranges by then.
             checkpoints.load_quantizers(self._model(runner), state)
-            self._start_training(runner)
+            stamped = (checkpoint.get('meta') or {}).get(checkpoints.META_KEY) or {}
+            self._teacher = stamped.get('teacher', '')
+            self._start_training(runner, resumed=True)
 
     def before_train(self, runner) -> None:
         """Calibrates the model that training starts from.
@@ -99,10 +108,28 @@ class QuantHook(Hook):
         if self._training is None:
             self._start_training(runner)
 
-    def _start_training(self, runner) -> None:
-        """Has model, wrapper, optimizer and averaged copies know ranges that are parameters from now on."""
-        model = self._model(runner)
+    def _start_training(self, runner, resumed: bool = False) -> None:
+        model, teacher = self._model(runner), None
+        if self.recipe.training.distillation is not None:
+            teacher = self._make_teacher(model, resumed)
         self._training = QuantTraining(model, self.recipe)
+        self._spread_parameters(runner, model)
+        if teacher is not None:
+            attach_teacher(model, teacher, self.recipe.training.distillation)
+
+    def _make_teacher(self, model, resumed: bool):
+        teacher, given = frozen_copy(model), self.recipe.training.distillation.teacher
+        if given or resumed:
+            if not (given or self._teacher):
+                raise Q3DError(
+                    f'{self.recipe.place}.training.distillation.teacher: the checkpoint to resume from does '
+                    'not say which teacher it had; the float checkpoint that training started from would work'
+                )
+            load_teacher(teacher, given or self._teacher)
+        return teacher
+
+    def _spread_parameters(self, runner, model) -> None:
+        """Has wrapper, optimizer and averaged copies know ranges that are parameters from now on."""
         if not self._training.parameters:
             return
         if is_model_wrapper(runner.model):
@@ -158,6 +185,8 @@ class QuantHook(Hook):
         checkpoint.setdefault('meta', {})[checkpoints.META_KEY] = checkpoints.stamp(
             self.recipe, self._model(runner)
         )
+        if self._teacher:
+            checkpoint['meta'][checkpoints.META_KEY]['teacher'] = self._teacher
 
     def _ensure_calibrated(self, runner) -> None:
         model = self._model(runner)
@@ -193,6 +222,7 @@ class QuantHook(Hook):
             checkpoints.save_checkpoint(model, self.recipe, path, meta)
             write_text(os.path.join(runner.work_dir, 'last_quantized'), path)
             logger.info(f'QuantHook: quantized checkpoint saved as {path}')
+            self._teacher = os.path.abspath(path)
         barrier()
 
     def _report(self, runner, model) -> None:
