@@ -130,6 +130,9 @@ class QuantHook(Hook):
 
     def _spread_parameters(self, runner, model) -> None:
         """Has wrapper, optimizer and averaged copies know ranges that are parameters from now on."""
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):
+                hook.before_run(runner)  # makes its copy anew
         if not self._training.parameters:
             return
         if is_model_wrapper(runner.model):
@@ -140,9 +143,6 @@ class QuantHook(Hook):
         for wrapper in wrappers.values() if isinstance(wrappers, OptimWrapperDict) else [wrappers]:
             self._training.add_to(wrapper.optimizer)
             break
-        for hook in runner.hooks:
-            if isinstance(hook, EMAHook):
-                hook.before_run(runner)  # makes its copy anew
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Brings ranges and quantizers to where the schedule has them.

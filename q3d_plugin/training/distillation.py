@@ -76,7 +76,7 @@ def heatmap_loss(student: Tensor, teacher: Tensor, exponent: float = 2.0) -> Ten
 
 
 def _objects(scores: Tensor) -> Tensor:
-    """The number of peaks in (B, K, H, W) maps, or of (B, K, P) proposals, from a score of :data:`SEEN` on."""
+    """The number of peaks in (B, K, H, W) maps, or of (B, K, P) proposals, with a score of at least SEEN."""
     peaks = scores >= SEEN
     if scores.dim() == 4:
         peaks = peaks & (scores == F.max_pool2d(scores, 3, stride=1, padding=1))
