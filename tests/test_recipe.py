@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.recipe import (
     CALIBRATORS,
+    RANGE_KINDS,
     WEIGHT_CALIBRATORS,
     ActivationSpec,
     LayerFacts,
@@ -105,6 +106,26 @@ def test_ranges_are_static_or_dynamic(part):
     assert (
         message.startswith(f"recipe.{part}.range: 'dynamc' was given") and "did you mean 'dynamic'" in message
     )
+
+
+@pytest.mark.parametrize(
+    'key, value, works',
+    [
+        ('ranges.weight', 'learnt', "did you mean 'learned'"),
+        ('ranges.activation', None, "'fixed', 'moving', 'learned' would work"),
+        ('ranges.scale', 'log', "'linear', 'log2'"),
+        ('ranges.lr_factor', 0, 'above 0'),
+        ('ranges.momentum', 1, 'not including, 1'),
+        ('schedule.activations_from', -1, 'epochs from 0 up'),
+        ('schedule.learn_until', 'last', 'epochs from 0 up'),
+        ('distillation.heatmap', -0.5, 'from 0 up'),
+        ('distillation.teacher', 3, 'a checkpoint file would work'),
+    ],
+)
+def test_training_that_cannot_work_is_refused(key, value, works):
+    section, name = key.split('.')
+    message = refused({'training': {section: {name: value}}})
+    assert message.startswith(f'recipe.training.{key}: {value!r} was given') and works in message
 
 
 @pytest.mark.parametrize('part', ['weight', 'overrides[0].weight'])
@@ -298,6 +319,28 @@ OVERRIDES = st.fixed_dictionaries(
     dict(layers=NAMES | st.lists(NAMES, min_size=1, max_size=2)),
     optional=dict(weight=WEIGHTS, activation=ACTIVATIONS),
 )
+KINDS = st.sampled_from(RANGE_KINDS)
+EPOCHS = st.integers(0, 20) | st.floats(0, 20)
+TRAININGS = st.fixed_dictionaries(
+    {},
+    optional=dict(
+        ranges=st.fixed_dictionaries(
+            {},
+            optional=dict(
+                weight=KINDS,
+                activation=KINDS,
+                scale=st.sampled_from(['linear', 'log2']),
+                lr_factor=st.floats(1e-3, 1e3),
+                momentum=st.floats(0, 0.999),
+            ),
+        ),
+        schedule=st.fixed_dictionaries(
+            {}, optional=dict(activations_from=EPOCHS, observe_until=st.none() | EPOCHS, learn_until=EPOCHS)
+        ),
+        distillation=st.none()
+        | st.fixed_dictionaries({}, optional=dict(heatmap=EPOCHS, teacher=st.none() | NAMES)),
+    ),
+)
 RECIPES = st.fixed_dictionaries(
     {},
     optional=dict(
@@ -309,6 +352,7 @@ RECIPES = st.fixed_dictionaries(
         calibration=st.fixed_dictionaries(
             {}, optional=dict(frames=st.integers(1, 999), seed=st.integers(0, 9))
         ),
+        training=TRAININGS,
     ),
 )
 
@@ -337,7 +381,7 @@ def _leaves(value, path):
 def test_each_changed_value_is_the_one_difference():
     plain = Recipe.from_dict(dict(target='simulation', skip=['a'])).to_dict()
     leaves = list(_leaves(plain, ()))
-    assert len(leaves) == 17
+    assert len(leaves) == 26
     for path, value in leaves:
         other = copy.deepcopy(plain)
         holder = other

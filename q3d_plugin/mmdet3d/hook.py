@@ -139,10 +139,11 @@ class QuantHook(Hook):
             # It knows the parameters that there were when it was made. It goes first, with its hooks.
             runner.model = model
             runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
-        wrappers = runner.optim_wrapper
-        for wrapper in wrappers.values() if isinstance(wrappers, OptimWrapperDict) else [wrappers]:
-            self._training.add_to(wrapper.optimizer)
-            break
+        wrapper = runner.optim_wrapper
+        if isinstance(wrapper, OptimWrapperDict):
+            wrapper = next(iter(wrapper.values()))
+        # Schedules were built before, and count the groups.
+        self._training.add_to(wrapper.optimizer, lasting=False)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Brings ranges and quantizers to where the schedule has them.

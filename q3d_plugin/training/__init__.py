@@ -1,6 +1,5 @@
 """Quantization-aware training: ranges, schedule and distillation, as far as they are the same everywhere."""
 
-from q3d_plugin.training.optimizer import add_ranges, range_group
 from q3d_plugin.training.session import QuantTraining
 
-__all__ = ['QuantTraining', 'add_ranges', 'range_group']
+__all__ = ['QuantTraining']

@@ -1,6 +1,6 @@
 """A model in quantization-aware training, as both adapters drive it."""
 
-from typing import List
+from typing import List, Optional
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from torch import nn
 from q3d_plugin.layers.model import quantizers
 from q3d_plugin.quantizer import Role
 from q3d_plugin.recipe import Recipe
-from q3d_plugin.training.optimizer import add_ranges, set_lr_factor
+from q3d_plugin.training.optimizer import RangeGroup, add_ranges
 from q3d_plugin.training.ranges import (
     check_ranges,
     follow_weights,
@@ -38,12 +38,12 @@ class QuantTraining:
         recipe: With ``mode='qat'``.
 
     Attributes:
-        optimizers: Those that have the learned ranges.
+        group: The learned ranges in their optimizer; None before they are in one, or where there are none.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model, self.spec = model, recipe.training
-        self.optimizers: List[torch.optim.Optimizer] = []
+        self.group: Optional[RangeGroup] = None
         train_ranges(model, self.spec.ranges)
         if _before_state not in model._state_dict_pre_hooks.values():
             model.register_state_dict_pre_hook(_before_state)
@@ -53,15 +53,16 @@ class QuantTraining:
         """The learned ranges."""
         return range_parameters(self.model)
 
-    def add_to(self, optimizer: torch.optim.Optimizer) -> None:
+    def add_to(self, optimizer: torch.optim.Optimizer, lasting: Optional[bool] = None) -> None:
         """Has an optimizer learn the ranges; harmless when called again.
 
         Args:
             optimizer: Of the weights.
+            lasting: See :class:`~q3d_plugin.training.optimizer.RangeGroup`.
         """
-        add_ranges(optimizer, self.parameters, self.spec.ranges.lr_factor)
-        if optimizer not in self.optimizers:
-            self.optimizers.append(optimizer)
+        ranges = self.parameters
+        if ranges and self.group is None:
+            self.group = add_ranges(optimizer, ranges, self.spec.ranges.lr_factor, lasting)
 
     def before_step(self, epoch: float) -> None:
         """Brings ranges and quantizers to where they have to be at a point of the training.
@@ -77,5 +78,5 @@ class QuantTraining:
         if schedule.observe_until is None or epoch < schedule.observe_until:
             move_ranges(self.model, ranges.momentum)
         learning = schedule.learn_until is None or epoch < schedule.learn_until
-        for optimizer in self.optimizers:
-            set_lr_factor(optimizer, ranges.lr_factor if learning else 0.0)
+        if self.group is not None:
+            self.group.lr_factor = ranges.lr_factor if learning else 0.0
