@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
-from mmengine.runner.checkpoint import load_state_dict
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import Tensor, nn
 
 from q3d_plugin import checkpoints, safe_load
@@ -52,9 +52,10 @@ def load_teacher(teacher: nn.Module, path: str) -> None:
         Q3DError: It is of another architecture.
     """
     check_checkpoint_file(path)
-    state = weights_of(safe_load.load(path), f'teacher {path!r}')
-    checkpoints.check_state_dict(teacher, state, f'teacher {path!r}')
-    load_state_dict(teacher, state, strict=False)
+    checkpoint = safe_load.load(path)
+    checkpoints.check_state_dict(teacher, weights_of(checkpoint, f'teacher {path!r}'), f'teacher {path!r}')
+    # With the layout of sparse weights that the state notes beside its entries.
+    _load_checkpoint_to_model(teacher, checkpoint, strict=False, revise_keys=[(r'^module\.', '')])
 
 
 def attach_teacher(model: nn.Module, teacher: nn.Module, spec: DistillationSpec) -> None:
