@@ -166,13 +166,14 @@ def check_distillation(
             )
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
+def frozen_copy(model: nn.Module, shared: Sequence[Any] = ()) -> nn.Module:
     """The float model of a calibrated one: its quantizers are off, and nothing in it learns.
 
     Args:
         model: Calibrated, not yet in training.
+        shared: Large objects that the model holds and that are not copied, such as a data set.
     """
-    teacher = copy.deepcopy(model).requires_grad_(False)
+    teacher = copy.deepcopy(model, {id(thing): thing for thing in shared}).requires_grad_(False)
     set_enabled(teacher, False)
     # Not in one line: some models' eval() returns nothing.
     teacher.eval()
