@@ -5,10 +5,13 @@ a large tensor goes through the cache piece by piece, and the input itself is ke
 keeps anyway. On CUDA torch's kernels do it in one pass.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any, Iterator, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from q3d_plugin import kernel
 
@@ -17,6 +20,7 @@ __all__ = ['fake_quantize', 'gradient_scale']
 PIECE = 2**16
 """Elements that a thread computes on at a time: they stay in its cache."""
 _HALF = (torch.float16, torch.bfloat16)
+_between = torch.ops.aten.hardtanh_backward
 
 
 def gradient_scale(x: Tensor, high: int, axis: Optional[int]) -> float:
@@ -94,44 +98,80 @@ class _FakeQuantize(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, scale = ctx.saved_tensors
         axis, low, high, factor = ctx.rule
         rest = (None,) * 5
         of_x, of_amax = ctx.needs_input_grad[:2]
         if axis is not None:
-            step = _along(scale, x, axis).to(_wide(x).dtype)
-            scaled = _wide(x) * (1.0 / step)
-            level = scaled.round()
-            inside = (level >= low) & (level <= high)
+            source, upper = _wide(x), _wide(grad)
+            inverse = 1.0 / _along(scale, x, axis).to(source.dtype)
+            out, *work = (torch.empty_like(source) for _ in range(3))
+            slope = _gradients(source, inverse, upper, low, high, out, work if of_amax else work[:1])
             amax = None
-            if of_amax:
-                slope = torch.where(inside, level - scaled, level.clamp(low, high)).mul_(grad)
+            if slope is not None:
                 others = [i for i in range(x.dim()) if i != axis % x.dim()]
+                slope.mul_(upper)
                 amax = (slope.sum(others) if others else slope) * (factor / high)
-            return (grad * inside if of_x else None, _like(amax, ctx), *rest)
-        out = torch.empty_like(x) if of_x else None
+            return (out.to(x.dtype) if of_x else None, _like(amax, ctx), *rest)
+        out = torch.empty_like(x)
         sums = []
         inverse = _number(1.0 / scale, x)
+        # One for all pieces: allocators may give memory of this size back to the system each time.
+        work = x.new_empty((2 if of_amax else 1, min(x.numel(), _piece())), dtype=inverse.dtype)
         for (source, upper), target in _pieces((x, grad), out):
-            source, upper = _wide(source), _wide(upper)
-            scaled = source * inverse
-            level = scaled.round()
-            clipped = level.clamp(low, high)
-            inside = torch.eq(level, clipped)
-            if target is not None and target.dtype not in _HALF:
-                passed = torch.mul(upper, inside, out=target)
-            else:
-                passed = upper * inside
-                if target is not None:
-                    target.copy_(passed)
-            if of_amax:
-                sums.append(torch.dot(upper, clipped) - torch.dot(passed, scaled))
+            upper = _wide(upper)
+            passed = target if target.dtype is upper.dtype else torch.empty_like(upper)
+            memory = work[:, : source.numel()].unbind()
+            slope = _gradients(_wide(source), inverse, upper, low, high, passed, memory)
+            if passed is not target:
+                target.copy_(passed)
+            if slope is not None:
+                sums.append(torch.dot(upper, slope))
         amax = None
         if of_amax:
             total = torch.stack(sums).sum() if sums else x.new_zeros(())
             amax = total * (factor / high)
-        return (out, _like(amax, ctx), *rest)
+        return (out if of_x else None, _like(amax, ctx), *rest)
+
+
+def _gradients(
+    x: Tensor, inverse: Tensor, grad: Tensor, low: int, high: int, out: Tensor, work: Sequence[Tensor]
+) -> Optional[Tensor]:
+    """The gradient of ``x``, and the slope of the result in the step.
+
+    The gradient of hardtanh passes what lies between two bounds, in one pass and without a mask.
+
+    Args:
+        x: Float32 or float64.
+        inverse: One over the step; broadcasts to ``x``.
+        grad: Of the result; shape and dtype of ``x``.
+        low: The smallest integer.
+        high: The largest integer.
+        out: For the gradient of ``x``.
+        work: Tensors like ``x`` to compute in: one, or two where the slope is wanted.
+
+    Returns:
+        Tensor: The slope, in the first one of ``work``; None where it is not wanted.
+    """
+    scaled = torch.mul(x, inverse, out=work[0])
+    bounds = _bounds(low, high, x.dtype)
+    _between(grad, scaled, *bounds, grad_input=out)
+    if len(work) == 1:
+        return None
+    inside = _between(scaled, scaled, *bounds, grad_input=work[1])
+    return scaled.round_().clamp_(low, high).sub_(inside)
+
+
+@functools.lru_cache
+def _bounds(low: int, high: int, dtype: torch.dtype) -> Tuple[float, float]:
+    """What lies strictly between them is rounded to ``low`` to ``high``.
+
+    Halves are rounded to the even number, which ``low`` is and ``high`` is not.
+    """
+    least = torch.tensor(low - 0.5, dtype=dtype)
+    return torch.nextafter(least, torch.full_like(least, -torch.inf)).item(), high + 0.5
 
 
 def _like(amax: Optional[Tensor], ctx: Any) -> Optional[Tensor]:
@@ -154,25 +194,28 @@ def _along(scale: Tensor, x: Tensor, axis: int) -> Tensor:
     return scale.reshape(shape)
 
 
-def _pieces(
-    tensors: Tuple[Tensor, ...], out: Optional[Tensor]
-) -> Iterator[Tuple[Tuple[Tensor, ...], Optional[Tensor]]]:
+def _pieces(tensors: Tuple[Tensor, ...], out: Tensor) -> Iterator[Tuple[Tuple[Tensor, ...], Tensor]]:
     """Pieces of tensors of one shape, flat, and the same pieces of ``out``, which is filled.
 
     Args:
         tensors: The first one says in which order elements are gone through.
-        out: Of the layout of the first one, as ``empty_like`` gives it; or None.
+        out: Of the layout of the first one, as ``empty_like`` gives it.
     """
     first = tensors[0]
     flat = [_flat(t, first) for t in tensors]
-    target = None if out is None else _flat(out, first)
+    target = _flat(out, first)
     # A tensor whose elements do not lie side by side was copied: so is the result, back.
-    copied = out is not None and target.data_ptr() != out.data_ptr()
-    size = PIECE * torch.get_num_threads()
+    copied = target.data_ptr() != out.data_ptr()
+    size = _piece()
     for i in range(0, first.numel(), size):
-        yield tuple(t[i : i + size] for t in flat), None if target is None else target[i : i + size]
+        yield tuple(t[i : i + size] for t in flat), target[i : i + size]
     if copied:
         out.copy_(target.reshape(out.shape))
+
+
+def _piece() -> int:
+    """Elements of one piece, for all threads."""
+    return PIECE * torch.get_num_threads()
 
 
 def _flat(x: Tensor, order: Tensor) -> Tensor:
