@@ -83,8 +83,8 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.amax_type = amax.dtype, amax.shape
         if axis is not None:
             wide = _wide(x)
-            step = _along(scale, x, axis).to(wide.dtype)
-            out = (wide * (1.0 / step)).round_().clamp_(low, high).mul_(step)
+            step = _along(scale, x, axis)
+            out = (wide * (1.0 / step).to(wide.dtype)).round_().clamp_(low, high).mul_(step)
             return out.to(x.dtype)
         out = torch.empty_like(x)
         if x.numel() == 0:
@@ -106,7 +106,7 @@ class _FakeQuantize(torch.autograd.Function):
         of_x, of_amax = ctx.needs_input_grad[:2]
         if axis is not None:
             source, upper = _wide(x), _wide(grad)
-            inverse = 1.0 / _along(scale, x, axis).to(source.dtype)
+            inverse = (1.0 / _along(scale, x, axis)).to(source.dtype)
             out, *work = (torch.empty_like(source) for _ in range(3))
             slope = _gradients(source, inverse, upper, low, high, out, work if of_amax else work[:1])
             amax = None
