@@ -2,7 +2,8 @@
 
 On the CPU this is faster than torch's own kernels, which pass over memory several times and keep a mask: here
 a large tensor goes through the cache piece by piece, and the input itself is kept, which the layer before
-keeps anyway. On CUDA torch's kernels do it in one pass.
+keeps anyway. On CUDA torch's kernel does it in one pass; where the range is learned, its gradients take some
+more, and the host does not wait for the device.
 """
 
 import functools
@@ -60,35 +61,31 @@ def fake_quantize(
         Tensor: Shape and dtype of ``x``.
     """
     learned = amax.requires_grad and torch.is_grad_enabled()
-    if x.device.type == 'cpu':
+    if learned or x.device.type == 'cpu':
         return _FakeQuantize.apply(x, amax, scale, axis, low, high, factor)
-    half = x.dtype in _HALF and (learned or axis is not None or x.dtype is torch.bfloat16)
-    source = x.float() if half else x
-    if not learned:
-        out = kernel.fake_quantize(source, scale, axis, low, high)
-    else:
-        # In one node of the graph the step has the value of ``scale``, and the gradient of ``amax``.
-        step = scale + (amax.to(scale) - amax.detach().to(scale)) / high
-        out = kernel.learned_fake_quantize(source, step, axis, low, high, factor)
-    return out.to(x.dtype)
+    half = x.dtype in _HALF and (axis is not None or x.dtype is torch.bfloat16)
+    return kernel.fake_quantize(x.float() if half else x, scale, axis, low, high).to(x.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """:func:`fake_quantize` on the CPU."""
+    """:func:`fake_quantize` on the CPU, and where the range is learned.
+
+    torch's own kernels that have a gradient for the step wait for a CUDA device, twice a tensor.
+    """
 
     @staticmethod
     def forward(ctx: Any, x, amax, scale, axis, low, high, factor) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.rule = axis, low, high, factor
-        ctx.amax_type = amax.dtype, amax.shape
-        if axis is not None:
+        ctx.amax_like = amax.detach()
+        if x.device.type != 'cpu' and x.numel():
+            return kernel.fake_quantize(_wide(x), scale, axis, low, high).to(x.dtype)
+        if not _in_pieces(x, axis):
             wide = _wide(x)
             step = _along(scale, x, axis)
             out = (wide * (1.0 / step).to(wide.dtype)).round_().clamp_(low, high).mul_(step)
             return out.to(x.dtype)
         out = torch.empty_like(x)
-        if x.numel() == 0:
-            return out
         inverse, step = _number(1.0 / scale, x), _number(scale, x)
         for (source,), target in _pieces((x,), out):
             if source.dtype in _HALF:
@@ -102,38 +99,54 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, scale = ctx.saved_tensors
         axis, low, high, factor = ctx.rule
-        rest = (None,) * 5
         of_x, of_amax = ctx.needs_input_grad[:2]
-        if axis is not None:
-            source, upper = _wide(x), _wide(grad)
-            inverse = (1.0 / _along(scale, x, axis)).to(source.dtype)
-            out, *work = (torch.empty_like(source) for _ in range(3))
-            slope = _gradients(source, inverse, upper, low, high, out, work if of_amax else work[:1])
-            amax = None
-            if slope is not None:
-                others = [i for i in range(x.dim()) if i != axis % x.dim()]
-                slope.mul_(upper)
-                amax = (slope.sum(others) if others else slope) * (factor / high)
-            return (out.to(x.dtype) if of_x else None, _like(amax, ctx), *rest)
-        out = torch.empty_like(x)
-        sums = []
-        inverse = _number(1.0 / scale, x)
-        # One for all pieces: allocators may give memory of this size back to the system each time.
-        work = x.new_empty((2 if of_amax else 1, min(x.numel(), _piece())), dtype=inverse.dtype)
-        for (source, upper), target in _pieces((x, grad), out):
-            upper = _wide(upper)
-            passed = target if target.dtype is upper.dtype else torch.empty_like(upper)
-            memory = work[:, : source.numel()].unbind()
-            slope = _gradients(_wide(source), inverse, upper, low, high, passed, memory)
-            if passed is not target:
-                target.copy_(passed)
-            if slope is not None:
-                sums.append(torch.dot(upper, slope))
-        amax = None
-        if of_amax:
-            total = torch.stack(sums).sum() if sums else x.new_zeros(())
-            amax = total * (factor / high)
-        return (out if of_x else None, _like(amax, ctx), *rest)
+        function = _backward_in_pieces if _in_pieces(x, axis) else _backward
+        out, total = function(x, grad, scale, axis, low, high, of_amax)
+        amax = (total * (factor / high)).to(ctx.amax_like).reshape(ctx.amax_like.shape) if of_amax else None
+        return (out if of_x else None, amax, None, None, None, None, None)
+
+
+def _in_pieces(x: Tensor, axis: Optional[int]) -> bool:
+    """Whether a tensor goes through the cache piece by piece; weights are small."""
+    return x.device.type == 'cpu' and axis is None
+
+
+def _backward(
+    x: Tensor, grad: Tensor, scale: Tensor, axis: Optional[int], low: int, high: int, of_amax: bool
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """The gradient of ``x``, and that of each step where it is wanted."""
+    source, upper = _wide(x), _wide(grad)
+    inverse = (1.0 / _along(scale, x, axis)).to(source.dtype)
+    out, *work = (torch.empty_like(source) for _ in range(3 if of_amax else 2))
+    slope = _gradients(source, inverse, upper, low, high, out, work)
+    if slope is not None:
+        slope.mul_(upper)
+        others = [i for i in range(x.dim()) if axis is None or i != axis % x.dim()]
+        slope = slope.sum(others) if others else slope
+    return out.to(x.dtype), slope
+
+
+def _backward_in_pieces(
+    x: Tensor, grad: Tensor, scale: Tensor, axis: None, low: int, high: int, of_amax: bool
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """As :func:`_backward`, for one step."""
+    out = torch.empty_like(x)
+    sums = []
+    inverse = _number(1.0 / scale, x)
+    # One for all pieces: allocators may give memory of this size back to the system each time.
+    work = x.new_empty((2 if of_amax else 1, min(x.numel(), _piece())), dtype=inverse.dtype)
+    for (source, upper), target in _pieces((x, grad), out):
+        upper = _wide(upper)
+        passed = target if target.dtype is upper.dtype else torch.empty_like(upper)
+        memory = work[:, : source.numel()].unbind()
+        slope = _gradients(_wide(source), inverse, upper, low, high, passed, memory)
+        if passed is not target:
+            target.copy_(passed)
+        if slope is not None:
+            sums.append(torch.dot(upper, slope))
+    if not of_amax:
+        return out, None
+    return out, torch.stack(sums).sum() if sums else x.new_zeros(())
 
 
 def _gradients(
@@ -174,11 +187,6 @@ def _bounds(low: int, high: int, dtype: torch.dtype) -> Tuple[float, float]:
     return torch.nextafter(least, torch.full_like(least, -torch.inf)).item(), high + 0.5
 
 
-def _like(amax: Optional[Tensor], ctx: Any) -> Optional[Tensor]:
-    dtype, shape = ctx.amax_type
-    return None if amax is None else amax.to(dtype).reshape(shape)
-
-
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in _HALF else x
 
@@ -188,7 +196,9 @@ def _number(value: Tensor, x: Tensor) -> Tensor:
     return value.reshape(()).to(torch.float32 if x.dtype in _HALF else x.dtype)
 
 
-def _along(scale: Tensor, x: Tensor, axis: int) -> Tensor:
+def _along(scale: Tensor, x: Tensor, axis: Optional[int]) -> Tensor:
+    if axis is None:
+        return scale.reshape(())
     shape = [1] * x.dim()
     shape[axis] = -1
     return scale.reshape(shape)
