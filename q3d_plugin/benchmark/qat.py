@@ -33,9 +33,9 @@ MEMORY_TARGET = {'fixed': 1.4, 'moving': 1.4, 'learned': 1.5}
 """Upper bounds of the ratio to a float step, by kind of range."""
 HALF_FLOAT, HALF_INT8 = 'float forward in float16', 'simulated INT8 forward in float16'
 NOTES = (
-    'A training step is a forward pass in training mode, the mean square of all outputs of the head as the '
-    'loss, its gradients, and SGD with a rate of zero, so that the weights stay; with quantization also what '
-    'moves the ranges.',
+    'A training step is a forward pass in training mode, a loss, its gradients, and SGD with a rate of zero, '
+    'so that the weights stay; with quantization also what moves the ranges. The loss is the mean square of '
+    "all outputs of the head, or with --data the detector's own.",
     'The float step computes statistics of BatchNorm; with quantization BatchNorm is folded.',
     "The peer is a copy of the model whose quantizers compute by pytorch-quantization's TensorQuantizer.",
     'Memory of a step is the peak of what tensors take, with weights and gradients; on the CPU without what '
@@ -78,15 +78,13 @@ def _memory(
 
 def _passes(subject: Subject) -> Tuple[Dict[str, nn.Module], Dict[str, Pass]]:
     """The models and their steps by name."""
-    decoding = subject.adapter.decoding
-    step = step_of(subject.float_model, subject.float_forward, subject.inputs, decoding)
+    step = step_of(subject, subject.float_model)
     models, passes = {FLOAT_STEP: subject.float_model}, {FLOAT_STEP: Pass(step, FLOAT_STEP)}
     for name, ranges in KINDS.items():
         models[name], step = qat_step_of(subject, ranges)
         passes[name] = Pass(step, FLOAT_STEP, TIME_TARGET[ranges.activation])
     models[PEER_STEP] = peer = peer_model(subject.model)
-    step = step_of(peer, subject.adapter.forward_of(peer), subject.inputs, decoding)
-    passes[PEER_STEP] = Pass(step, FLOAT_STEP, note='peer')
+    passes[PEER_STEP] = Pass(step_of(subject, peer), FLOAT_STEP, note='peer')
     return models, passes
 
 

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Dict, Tuple
+from typing import List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +18,17 @@ __all__ = ['qat_step_of', 'step_of']
 
 
 @contextlib.contextmanager
-def _training(model: nn.Module, decoding: Sequence[str]) -> Iterator[None]:
+def _training(model: nn.Module, still: Sequence[nn.Module] = ()) -> Iterator[None]:
     """Training mode inside, with statistics of BatchNorm that stay as they are; afterwards as before.
 
-    The flags of the detector and of its heads themselves stay down: in OpenPCDet they decide whether a loss
-    is computed, which needs annotations.
+    Args:
+        model: To train.
+        still: Modules whose own flag stays down.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     modes, momenta = {m: m.training for m in model.modules()}, [m.momentum for m in norms]
     model.train()
-    for module in (model, *(m for m in model.modules() if any(hasattr(m, name) for name in decoding))):
+    for module in still:
         module.training = False
     for norm in norms:
         norm.momentum = 0.0
@@ -42,28 +43,39 @@ def _training(model: nn.Module, decoding: Sequence[str]) -> Iterator[None]:
 
 
 def step_of(
-    model: nn.Module,
-    forward: Callable[[Any], Dict[str, Tensor]],
-    batch: Any,
-    decoding: Sequence[str] = (),
-    before: Callable[[], None] = lambda: None,
+    subject: Subject, model: nn.Module, before: Callable[[], None] = lambda: None
 ) -> Callable[[], None]:
     """A training step as a function.
 
+    Its loss is the detector's own where the subject has an annotated frame, and else the mean square of all
+    outputs of the head. Then the flags of the detector and of its heads themselves stay down: in OpenPCDet
+    they decide whether a loss is computed, which needs annotations.
+
     Args:
+        subject: Has the frame.
         model: To train.
-        forward: From a batch to the outputs of the head.
-        batch: What is trained on.
-        decoding: Names of the methods by which heads decode their outputs.
         before: Belongs to the step, and comes first.
     """
+    adapter, annotated = subject.adapter, subject.annotated
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    if annotated is not None:
+        still: List[nn.Module] = []
+
+        def loss() -> Tensor:
+            return adapter.loss(model, annotated)
+    else:
+        forward = adapter.forward_of(model)
+        heads = [m for m in model.modules() if any(hasattr(m, name) for name in adapter.decoding)]
+        still = [model, *heads]
+
+        def loss() -> Tensor:
+            outputs = [o for o in forward(subject.inputs).values() if o.requires_grad]
+            return sum(o.float().square().mean() for o in outputs)
 
     def step() -> None:
-        with _training(model, decoding):
+        with _training(model, still):
             before()
-            outputs = [o for o in forward(batch).values() if o.requires_grad]
-            sum(o.float().square().mean() for o in outputs).backward()
+            loss().backward()
             optimizer.step()
 
     return step
@@ -79,6 +91,5 @@ def qat_step_of(subject: Subject, ranges: RangesSpec) -> Tuple[nn.Module, Callab
     model = copy.deepcopy(subject.model)
     spec = dataclasses.replace(subject.recipe.training, ranges=ranges)
     training = QuantTraining(model, dataclasses.replace(subject.recipe, mode='qat', training=spec))
-    forward, decoding = subject.adapter.forward_of(model), subject.adapter.decoding
     # Learned ranges are among the parameters by now.
-    return model, step_of(model, forward, subject.inputs, decoding, lambda: training.before_step(0.0))
+    return model, step_of(subject, model, lambda: training.before_step(0.0))
