@@ -185,7 +185,9 @@ class OpenPCDet(Adapter):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         model._q3d_ready = True
-        return model(copy_containers(batch))[0]['loss'].mean()
+        # CenterPoint's heads number the classes of the boxes anew, in place.
+        batch = {**copy_containers(batch), 'gt_boxes': batch['gt_boxes'].clone()}
+        return model(batch)[0]['loss'].mean()
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         # A quantized detector calibrates itself on its data set at its first forward, where it is not ready.
