@@ -180,6 +180,29 @@ class Adapter(ABC):
             batch: Can be given again: dictionaries and lists are copied, tensors are not.
         """
 
+    @abstractmethod
+    def training_batch(self, cfg: Any, model: nn.Module, root: Path) -> Any:
+        """A batch for :meth:`loss`: the first annotated frame of a config's training data, with its
+        augmentation; objects of other frames are not pasted in.
+
+        Args:
+            cfg: The config.
+            model: Its model.
+            root: Folder of the data set, in place of the config's.
+
+        Raises:
+            Exception: Whatever the framework raises where it cannot read the data.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The detector's own loss.
+
+        Args:
+            model: In training mode.
+            batch: Of :meth:`training_batch`; it can be given again.
+        """
+
     def forward_of(self, model: nn.Module) -> Callable[[Any], Dict[str, Tensor]]:
         """The forward pass of a model up to the raw outputs of its head, without decoding.
 

@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-__all__ = ['fake_quantize', 'is_fast', 'learned_fake_quantize']
+__all__ = ['fake_quantize', 'is_fast']
 
 
 def is_fast(device_type: str, dtype: torch.dtype) -> bool:
@@ -35,23 +35,3 @@ def fake_quantize(x: Tensor, scale: Tensor, axis: Optional[int], low: int, high:
     # range, and the host waits for a CUDA device twice for that.
     scale = scale.reshape(-1)
     return torch.fake_quantize_per_channel_affine(x, scale, torch.zeros_like(scale), axis, low, high)
-
-
-def learned_fake_quantize(
-    x: Tensor, scale: Tensor, axis: Optional[int], low: int, high: int, factor: float
-) -> Tensor:
-    """As :func:`fake_quantize`, with a gradient for the step (Esser et al. 2020, equation 3).
-
-    Args:
-        x: Any shape, float32 or float64.
-        scale: The step, float32; a scalar tensor, or one number per index of ``axis``.
-        axis: The axis that has steps of its own; None for one step for all.
-        low: The smallest integer.
-        high: The largest integer.
-        factor: Of the gradient of the step.
-    """
-    scale = scale.reshape(-1)
-    zero = torch.zeros_like(scale)
-    if axis is None:
-        return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, low, high, factor)
-    return torch._fake_quantize_learnable_per_channel_affine(x, scale, zero, axis, low, high, factor)

@@ -83,7 +83,7 @@ class Quantizer(TrainedRange, TensorQuantizer):
         self.observer: Optional[MagnitudeHistogram] = None
         self.seen: Optional[Dict] = None
         self.finite, self.used = True, False
-        self._memo = TensorMemo()
+        self._memo, self._memo_version = TensorMemo(), -1
         self._amax_read: Optional[Tuple] = None
         self._disabled, self._if_quant = False, True
         self.train_range('fixed')
@@ -302,10 +302,20 @@ class Quantizer(TrainedRange, TensorQuantizer):
 
     # Layers that share a quantizer read the same tensor: it is quantized, or counted, once.
     def _remembered(self, x: Tensor) -> Any:
+        if self.shared and self._memo_version != self._range_version:
+            self._memo.clear()
         return self._memo.value_of(x) if self.shared else None
+
+    @property
+    def _range_version(self) -> int:
+        """Another one after each change of the range in place, as training makes them."""
+        parameter = self.range_parameter
+        value = self._amax if parameter is None else parameter
+        return 0 if value.is_inference() else value._version
 
     def _remember(self, x: Tensor, out: Tensor) -> None:
         if self.shared:
+            self._memo_version = self._range_version
             # A tensor that was counted, or quantized in place, must not be kept alive by its own memo.
             self._memo.keep(x, _ITSELF if out is x else out)
 

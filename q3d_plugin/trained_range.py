@@ -145,7 +145,7 @@ class TrainedRange(nn.Module):
         """
         self.peak = None
         with torch.no_grad():
-            self._amax.mul_(momentum).add_(peak.to(self._amax).reshape(self._amax.shape), alpha=1 - momentum)
+            self._amax.lerp_(peak.to(self._amax).reshape(self._amax.shape), 1 - momentum)
 
     def __getstate__(self):
         # A copy of the model, such as that of an exponential moving average, has seen nothing.

@@ -7,7 +7,7 @@ in :data:`PARTS`.
 from collections.abc import Callable
 from typing import List, NamedTuple, Tuple
 
-from q3d_plugin.benchmark import ptq, training
+from q3d_plugin.benchmark import ptq, qat
 from q3d_plugin.benchmark.rows import Row
 from q3d_plugin.errors import Q3DError, near_matches
 
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 PARTS = {
     'ptq': Part(ptq.measure, ptq.steps, ptq.NOTES),
-    'training': Part(training.measure, training.steps, training.NOTES),
+    'qat': Part(qat.measure, qat.steps, qat.NOTES),
 }
 
 

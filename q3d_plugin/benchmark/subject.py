@@ -2,7 +2,8 @@
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Dict, List, Tuple
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,7 @@ class Subject:
         path: A config with Quant types and a recipe.
         frame: A recorded or a generated one, with images where the model reads them.
         device: Where to measure.
+        data: Folder of the config's data set; training reads an annotated frame of it.
 
     Attributes:
         adapter: Of the config's framework.
@@ -118,11 +120,12 @@ class Subject:
         float_forward: Its forward pass of a batch.
         model: Quantized and calibrated on the frame.
         forward: Its forward pass of a batch.
+        annotated: A batch with annotations, for training; None where no data set was given.
         weights: The quantizers of weights that have a range.
         activations: Those of activations.
     """
 
-    def __init__(self, path: str, frame: Frame, device: torch.device) -> None:
+    def __init__(self, path: str, frame: Frame, device: torch.device, data: Optional[Path] = None) -> None:
         self.path, self.device, self.points = path, device, len(frame.points)
         self.adapter, self.config, self.recipe = open_config(path)
         self.float_model = self._build(quantized=False)
@@ -131,6 +134,7 @@ class Subject:
         self.images = len(frame.cameras) if self.adapter.reads_images(self.config) else 0
         if self.adapter.voxels(self.inputs) == 0:
             raise Q3DError("frame: not one point is within the config's point cloud range")
+        self.annotated = None if data is None else self._annotated(data)
         settle_batch_norm(self.float_model, self.run_float)
         self.model = self._build(quantized=True)
         self.forward = self.adapter.forward_of(self.model)
@@ -143,6 +147,16 @@ class Subject:
 
     def _build(self, quantized: bool) -> nn.Module:
         return build_model(self.adapter, self.config, self.recipe, quantized, self.device)
+
+    def _annotated(self, data: Path) -> Any:
+        try:
+            return self.adapter.training_batch(self.config, self.float_model, data)
+        except Exception as error:  # whatever a framework can raise
+            first = (str(error).splitlines() or [''])[0]
+            raise Q3DError(
+                f'--data: the training data of the config cannot be read from {str(data)!r}: '
+                f'{type(error).__name__}: {first}'
+            ) from error
 
     @property
     def quantizers(self) -> List[Quantizer]:

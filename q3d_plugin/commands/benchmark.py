@@ -7,8 +7,9 @@ whole model by every calibrator, and the peak memory. pytorch-quantization's own
 they see the same tensors in the same run, where they run on this machine. The weights are random (seeded) and
 the BatchNorm statistics are those of the frame, so no checkpoint is needed.
 
-Part training: a step of quantization-aware training against a float one; on CUDA also forward passes and
-steps in half precision, and their memory.
+Part qat: a step of quantization-aware training by kind of range against a float one, in time and memory, with
+pytorch-quantization's own fake quantization as the peer; on CUDA also forward passes and steps in half
+precision.
 """
 
 import argparse
@@ -61,6 +62,12 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
         help='points as float32 x y z intensity ring, or a folder with points, camera images and an info '
         'file; a generated frame where not given',
     )
+    parser.add_argument(
+        '--data',
+        type=Path,
+        metavar='FOLDER',
+        help="the config's data set: a training step reads its first frame and has the detector's own loss",
+    )
     parser.add_argument('--repeats', type=int, default=5, help='rounds that are timed')
     parser.add_argument('--out', default=OUT, help='JSON file for the table')
     parser.add_argument('--threads', type=int, help="threads of the CPU; torch's own choice where not given")
@@ -97,6 +104,7 @@ def facts(subject: Subject, args: argparse.Namespace) -> Dict[str, Any]:
     return {
         'config': Path(args.config).name,
         'recipe_target': getattr(subject.recipe, 'target', None),
+        'loss': 'of the outputs' if subject.annotated is None else "the detector's own",
         'frame': 'generated' if args.frame is None else 'recorded',
         'points': subject.points,
         'images': subject.images,
@@ -144,7 +152,7 @@ def run(argv: Optional[List[str]]) -> int:
         frame_of(args.frame) as frame,
         tqdm(total=sum(part.steps(args.repeats) for part in parts), desc='benchmark') as bar,
     ):
-        subject = Subject(args.config, frame, device)
+        subject = Subject(args.config, frame, device, args.data)
         for part in parts:
             rows += part.measure(subject, args.repeats, args.entropy_tensors, bar)
     meta = facts(subject, args)

@@ -17,6 +17,7 @@ from mmdet3d.structures import Det3DDataSample, LiDARInstance3DBoxes
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
@@ -128,6 +129,26 @@ class MMDet3D(Adapter):
     def voxels(self, batch: Any) -> Optional[int]:
         voxels = batch['inputs'].get('voxels')
         return None if voxels is None else len(voxels['coors'])
+
+    def training_batch(self, cfg: Config, model: nn.Module, root: Path) -> Dict[str, Any]:
+        init_default_scope(cfg.get('default_scope', 'mmdet3d'))
+        source = cfg.train_dataloader.dataset
+        while 'dataset' in source:  # CBGSDataset, RepeatDataset and the like
+            source = source.dataset
+        dataset = copy.deepcopy(source)
+        dataset.data_root = str(root)
+        dataset.pipeline = [step for step in dataset.pipeline if step.type != 'ObjectSample']
+        loader = dict(
+            batch_size=1,
+            num_workers=0,
+            dataset=dataset,
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            collate_fn=dict(type='pseudo_collate'),
+        )
+        return model.data_preprocessor(next(iter(Runner.build_dataloader(loader, seed=0))), True)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return model.parse_losses(model(**copy_containers(batch), mode='loss'))[0]
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         # This class, unlike those derived from it, predicts by votes over windows that slide over the frame.

@@ -6,6 +6,7 @@
 import contextlib
 import copy
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pcdet
 from easydict import EasyDict
 from pcdet.config import cfg_from_list, cfg_from_yaml_file
-from pcdet.datasets import DatasetTemplate
+from pcdet.datasets import DatasetTemplate, build_dataloader
 from pcdet.models import build_network, load_data_to_gpu
 from torch import Tensor, nn
 
@@ -164,6 +165,29 @@ class OpenPCDet(Adapter):
 
     def voxels(self, batch: Any) -> Optional[int]:
         return len(batch['voxel_coords']) if 'voxel_coords' in batch else None
+
+    def training_batch(self, cfg: EasyDict, model: nn.Module, root: Path) -> Dict[str, Any]:
+        data = copy.deepcopy(cfg.DATA_CONFIG)
+        data.DATA_PATH = str(root.expanduser().absolute())
+        augmentor = data.get('DATA_AUGMENTOR', EasyDict())
+        augmentor.DISABLE_AUG_LIST = [*augmentor.get('DISABLE_AUG_LIST', []), 'gt_sampling']
+        np.random.seed(0)
+        dataset, _, _ = build_dataloader(
+            dataset_cfg=data,
+            class_names=list(cfg.CLASS_NAMES),
+            batch_size=1,
+            dist=False,
+            workers=0,
+            logger=logging.getLogger('q3d_plugin.openpcdet'),
+            training=True,
+        )
+        return self.prepare(model, dataset.collate_batch([dataset[0]]))
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        model._q3d_ready = True
+        # CenterPoint's heads number the classes of the boxes anew, in place.
+        batch = {**copy_containers(batch), 'gt_boxes': batch['gt_boxes'].clone()}
+        return model(batch)[0]['loss'].mean()
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         # A quantized detector calibrates itself on its data set at its first forward, where it is not ready.

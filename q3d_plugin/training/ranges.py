@@ -109,10 +109,10 @@ def move_ranges(model: nn.Module, momentum: float) -> None:
     peaks = torch.stack([_amax(q).new_tensor(-1.0) if q.peak is None else q.peak for q in moving])
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-    seen = (peaks >= 0).tolist()
-    for quantizer, peak, there in zip(moving, peaks, seen):
-        if there:
-            quantizer.move(peak, momentum)
+    # A step towards itself leaves a range what it is; to look which ones were seen would wait for the device.
+    ranges = torch.stack([_amax(q) for q in moving])
+    for quantizer, peak in zip(moving, torch.where(peaks >= 0, peaks, ranges)):
+        quantizer.move(peak, momentum)
 
 
 def _amax(quantizer: Quantizer) -> Tensor:

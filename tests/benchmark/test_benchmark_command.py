@@ -136,6 +136,7 @@ STRANGE = 'model = dict(type="NoSuch")\ncustom_hooks = [dict(type="QuantHook", r
         (lambda t: ['--config', _bad(t, 'c.txt', '')], 'a .py file (MMDetection3D) or a .yaml file'),
         (lambda t: ['--config', _bad(t, 'c.py', STRANGE)], 'does not build: KeyError'),
         (lambda t: ['ptk'], "'ptk' is no part of it; did you mean 'ptq'?"),
+        (lambda t: ['--data', str(t)], '--data: the training data of the config cannot be read'),
         (lambda t: ['--repeats', '0'], '--repeats: 0 was given'),
         (lambda t: ['--threads', '-1'], '--threads: -1 was given'),
         (lambda t: ['--out', str(t)], 'is a folder'),

@@ -11,7 +11,8 @@ from gpu_toys import frames, moved
 from torch.profiler import ProfilerActivity, profile
 
 from q3d_plugin.quantizer import Quantizer
-from q3d_plugin.recipe import ActivationSpec
+from q3d_plugin.recipe import ActivationSpec, RangesSpec
+from q3d_plugin.training.ranges import follow_weights, move_ranges, train_ranges
 
 RECIPES = {
     'W8A8': {},
@@ -59,6 +60,37 @@ def test_cuda_itself_finds_no_wait_in_a_forward_or_a_step(cuda, recipe):
                     sum(o.sum() for o in outputs).backward()
             finally:
                 torch.cuda.set_sync_debug_mode('default')
+
+
+@pytest.mark.parametrize(
+    'ranges',
+    [
+        RangesSpec('fixed', 'fixed'),
+        RangesSpec('moving', 'moving'),
+        RangesSpec('learned', 'learned', 'linear'),
+        RangesSpec('learned', 'learned', 'log2'),
+    ],
+    ids=lambda spec: f'{spec.weight}-{spec.scale}',
+)
+def test_a_step_that_trains_ranges_never_waits(device, ranges):
+    model, batch = moved(device), frames(device)[0]
+    train_ranges(model, ranges)
+    model.train()
+
+    def step():
+        follow_weights(model)
+        move_ranges(model, 0.9)
+        sum(o.square().mean() for o in model(batch)).backward()
+
+    step()
+    assert waits_of(step) == {}
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
 
 
 @pytest.mark.parametrize('recipe', RECIPES)

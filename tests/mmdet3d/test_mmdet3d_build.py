@@ -106,3 +106,21 @@ def test_the_reason_of_an_unreadable_config_is_its_cause(adapter, tmp_path):
     with pytest.raises(Q3DError, match='cannot be read') as caught:
         adapter.read(tmp_path / 'c.py')
     assert isinstance(caught.value.__cause__, FileNotFoundError)
+
+
+def test_the_loss_is_that_of_an_annotated_frame_of_the_data_set(adapter, toy_root):
+    cfg = adapter.read(FLOAT)
+    model = adapter.build(cfg).train()
+    batch = adapter.training_batch(cfg, model, toy_root)
+    assert len(batch['data_samples']) == 1 and len(batch['data_samples'][0].gt_instances_3d) > 0
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)):
+        norm.momentum = 0.0
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        loss = adapter.loss(model, batch)
+        loss.backward()
+        found.append((loss.detach(), model.pts_bbox_head.shared_conv.conv.weight.grad))
+    assert found[0][0] > 0 and found[0][1].isfinite().all() and found[0][1].any()
+    # It can be given again.
+    assert found[0][0] == pytest.approx(found[1][0].item(), rel=1e-4)

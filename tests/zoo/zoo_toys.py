@@ -84,6 +84,12 @@ class Words(Adapter):
     def voxels(self, batch):
         return None
 
+    def training_batch(self, cfg, model, root):
+        raise NotImplementedError
+
+    def loss(self, model, batch):
+        raise NotImplementedError
+
     def run(self, model, batch):
         out = model(batch)
         if self.stop:
