@@ -22,16 +22,23 @@ def add_ranges(optimizer: torch.optim.Optimizer, ranges: Sequence[nn.Parameter],
 
     In each step the group's learning rate is ``lr_factor`` times the highest one of the other groups at that
     time, and its momentum is theirs, whatever schedule sets those: schedules that were built before know
-    nothing of the group. Harmless when called again.
+    nothing of the group. Harmless when called again; other ranges take the place of those that it has, as
+    when the same model was calibrated anew.
 
     Args:
         optimizer: Of the weights. Ranges that it has already are moved.
         ranges: The parameters.
         lr_factor: Multiple of the weights' learning rate.
     """
-    if not ranges or range_group(optimizer) is not None:
+    if not ranges:
         return
-    mine = {id(p) for p in ranges}
+    group, mine = range_group(optimizer), {id(p) for p in ranges}
+    if group is not None:
+        for parameter in group['params']:
+            if id(parameter) not in mine:
+                optimizer.state.pop(parameter, None)
+        group['params'] = list(ranges)
+        return
     for group in optimizer.param_groups:
         group['params'] = [p for p in group['params'] if id(p) not in mine]
     # Schedules keep notes in the groups, which they look for in every group.
