@@ -25,8 +25,7 @@ def recipe(kind, frames=3, **ranges):
 
 
 RECIPES = {
-    # Plain gradient descent on logarithms needs large steps.
-    'log2': recipe('learned', SCALE='log2', LR_FACTOR=1e6),
+    'log2': recipe('learned', SCALE='log2'),
     'linear': recipe('learned', SCALE='linear'),
     'fixed': recipe('fixed'),
     'moving': recipe('moving'),
@@ -67,14 +66,16 @@ def test_two_processes_train_as_one_does(four_frames, float_file, tmp_path):
             {
                 'folder': str(tmp_path / f'{world}_{name}'),
                 'data': four_frames,
-                'quant': quant,
+                # Plain gradient descent on logarithms needs large steps.
+                'quant': {**quant, 'TRAINING': {'RANGES': {**quant['TRAINING']['RANGES'], **steep}}},
                 'start': str(float_file),
                 'batch_size': 2 // world,
                 'optimizer': 'sgd',
                 'steps': 1,
-                'lr': 3e-3,
+                'lr': 3e-2,
             }
             for name, quant in RECIPES.items()
+            for steep in [{'LR_FACTOR': 1e6 if name == 'log2' else 1.0}]
         ]
         processes[world] = started(runs, *torchrun(world))
     for process in processes.values():
@@ -90,11 +91,11 @@ def test_two_processes_train_as_one_does(four_frames, float_file, tmp_path):
         step = {k: (end[k] - start[k]).abs().max().item() for k in start if start[k].is_floating_point()}
         for kind in ('.weight', '.bias', '_quantizer._amax') if name != 'one_frame' else ('.weight',):
             # Far more than the two may differ by.
-            assert max(v for k, v in step.items() if k.endswith(kind)) > 1e-3, (name, kind)
+            assert max(v for k, v in step.items() if k.endswith(kind)) > 1e-4, (name, kind)
         for rank in (0, 1):
             assert same(result(2, name, f'{rank}_start'), start), name
             for key, value in result(2, name, rank).items():
-                torch.testing.assert_close(value, end[key], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(value, end[key], rtol=0, atol=1e-5)
         assert same(result(2, name, 0), result(2, name, 1)), name
     assert len(list(tmp_path.glob('2_log2/quantized*.pth'))) == 1
 
@@ -107,9 +108,10 @@ def dying_frame(four_frames):
     return four_frames
 
 
-def run_of(folder, data, float_file, **changes):
-    quant = recipe('learned', frames=4)
-    return {'folder': str(folder), 'data': data, 'quant': quant, 'start': str(float_file), **changes}
+def run_of(folder, data, float_file):
+    files = {'folder': str(folder), 'data': data, 'start': str(float_file)}
+    # It does not come to a step.
+    return {**files, 'quant': recipe('learned', frames=4), 'optimizer': None}
 
 
 def test_a_process_that_dies_during_calibration_ends_the_others(dying_frame, float_file, tmp_path):
@@ -141,19 +143,20 @@ def test_a_process_that_dies_during_calibration_ends_the_others(dying_frame, flo
 
 
 def test_killed_in_an_epoch_and_resumed(adapter, four_frames, float_file, tmp_path):
-    """Two epochs of four steps; killed after the sixth, resumed from the checkpoint of the first epoch."""
-    names, processes = ('log2', 'fixed', 'moving'), {}
+    """Two epochs of two steps; killed after the third, resumed from the checkpoint of the first epoch."""
+    names, processes = ('log2', 'fixed'), {}
     runs = {
         name: {
             'data': four_frames,
             'quant': RECIPES[name],
             'start': str(float_file),
             'epochs': 2,
+            'batch_size': 2,
         }
         for name in names
     }
     for name, run in runs.items():
-        processes[name] = started([{'folder': str(tmp_path / name), 'kill': 6, **run}])
+        processes[name] = started([{'folder': str(tmp_path / name), 'kill': 3, **run}])
     for name, process in processes.items():
         out, _ = process.communicate(timeout=300)
         assert process.returncode == -signal.SIGKILL, out[-3000:]
@@ -163,12 +166,8 @@ def test_killed_in_an_epoch_and_resumed(adapter, four_frames, float_file, tmp_pa
         shutil.copy(checkpoint, other)
         resumed, optimizer = train(tmp_path / name, **runs[name])
         assert 'calibrating on' not in (tmp_path / name / '0.log').read_text().partition('==> Done\n')[2]
-        ends = [train(other, **runs[name])[0]]
-        if name != 'moving':
-            # The largest magnitudes of the last batch before a checkpoint are in no average of a resumed run.
-            ends.append(train(tmp_path / f'{name}_whole', **runs[name])[0])
-        for end in ends:
-            expected = result_of(end)
+        for end in (other, tmp_path / f'{name}_whole'):
+            expected = result_of(train(end, **runs[name])[0])
             for key, value in result_of(resumed).items():
                 torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-6, msg=f'{name} {key}')
-        assert int(resumed.q3d_steps) == 8
+        assert int(resumed.q3d_steps) == 4

@@ -52,13 +52,15 @@ class OptimWrapper:
 
 
 def leaves(module):
-    """The modules without children: OpenPCDet collects the parameters of its one-cycle optimizer from them."""
+    """The modules without children, whose parameters OpenPCDet gives to its one-cycle optimizer."""
     children = list(module.children())
     return [leaf for child in children for leaf in leaves(child)] if children else [module]
 
 
 def build_optimizer(model, kind, lr=1e-3, decay=0.01):
-    """As ``train_utils.optimization.build_optimizer``."""
+    """As ``train_utils.optimization.build_optimizer``; no optimizer where ``kind`` is None."""
+    if kind is None:
+        return None
     if kind == 'sgd':
         return torch.optim.SGD(model.parameters(), lr=lr, weight_decay=decay, momentum=0.9)
     weights = list(nn.Sequential(*leaves(model)).parameters())
@@ -114,7 +116,7 @@ def train(
         start: ``--pretrained_model``.
         epochs: Of the whole training.
         batch_size: Of one process.
-        optimizer: ``'sgd'`` or ``'adam_onecycle'``.
+        optimizer: ``'sgd'``, ``'adam_onecycle'``, or None where no step is made.
         kill: Number of the iteration after which the process is killed.
         steps: Number of the iteration after which the next forward pass is the last thing.
         lr: The highest learning rate.
