@@ -24,9 +24,9 @@ class DetectorTraining:
     """A detector in training: its learned ranges are in the script's optimizer, its schedule knows the epoch.
 
     - The script makes the optimizer before there are ranges, and does not hand it over when it starts from a
-      float checkpoint. It is found among the objects of the process; one that is made later is recognised
-      when it makes its first step. The first of both is no luxury: gradients are clipped, and with AMP
-      unscaled and checked, for the parameters that are in the optimizer before its step.
+      float checkpoint. It is found among the objects of the process; where there are several, or it is made
+      later, it is recognised when it makes its first step. That alone would be too late with AMP: gradients
+      are unscaled and checked, then clipped, for the parameters that are in the optimizer before its step.
     - The position in the training is the number of forward passes, which is in the buffer
       :data:`STEPS_KEY`, divided by the iterations of an epoch. OpenPCDet does not accumulate gradients.
 
@@ -49,8 +49,8 @@ class DetectorTraining:
         self._watch = None
         if self.session.parameters:
             known = optimizers_of(model) if optimizer is None else [torch_optimizer(optimizer)]
-            for found in known:
-                self.session.add_to(found)
+            if len(known) == 1:
+                self.session.add_to(known[0])
             self._watch_steps()
 
     def __reduce__(self):
@@ -61,7 +61,7 @@ class DetectorTraining:
 
         def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             training = me()
-            if training is not None and _held(optimizer, training.session.model):
+            if training is not None and not training._met and _held(optimizer, training.session.model):
                 training.session.add_to(optimizer)
                 training._met = True
 

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional
 import torch
 from torch import nn
 
-__all__ = ['add_ranges', 'range_group', 'set_lr_factor']
+__all__ = ['add_ranges', 'drop_ranges', 'range_group', 'set_lr_factor']
 
 _FACTOR = 'q3d_lr_factor'
 _FOLLOWED = ('betas', 'momentum')
@@ -22,29 +22,31 @@ def add_ranges(optimizer: torch.optim.Optimizer, ranges: Sequence[nn.Parameter],
 
     In each step the group's learning rate is ``lr_factor`` times the highest one of the other groups at that
     time, and its momentum is theirs, whatever schedule sets those: schedules that were built before know
-    nothing of the group. Harmless when called again; other ranges take the place of those that it has, as
-    when the same model was calibrated anew.
+    nothing of the group. Harmless when called again.
 
     Args:
         optimizer: Of the weights. Ranges that it has already are moved.
         ranges: The parameters.
         lr_factor: Multiple of the weights' learning rate.
     """
-    if not ranges:
+    if not ranges or range_group(optimizer) is not None:
         return
-    group, mine = range_group(optimizer), {id(p) for p in ranges}
-    if group is not None:
-        for parameter in group['params']:
-            if id(parameter) not in mine:
-                optimizer.state.pop(parameter, None)
-        group['params'] = list(ranges)
-        return
+    mine = {id(p) for p in ranges}
     for group in optimizer.param_groups:
         group['params'] = [p for p in group['params'] if id(p) not in mine]
     # Schedules keep notes in the groups, which they look for in every group.
     notes = {k: v for k, v in _leading(optimizer).items() if k != 'params'}
     optimizer.add_param_group({**notes, 'params': list(ranges), 'weight_decay': 0.0, _FACTOR: lr_factor})
     optimizer.register_step_pre_hook(_follow)
+
+
+def drop_ranges(optimizer: torch.optim.Optimizer) -> None:
+    """Takes the group of learned ranges out of an optimizer, with what it remembers of them."""
+    group = range_group(optimizer)
+    if group is not None:
+        optimizer.param_groups[:] = _others(optimizer)
+        for parameter in group['params']:
+            optimizer.state.pop(parameter, None)
 
 
 def set_lr_factor(optimizer: torch.optim.Optimizer, lr_factor: float) -> None:

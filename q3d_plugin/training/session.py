@@ -8,7 +8,7 @@ from torch import nn
 from q3d_plugin.layers.model import quantizers
 from q3d_plugin.quantizer import Role
 from q3d_plugin.recipe import Recipe
-from q3d_plugin.training.optimizer import add_ranges, set_lr_factor
+from q3d_plugin.training.optimizer import add_ranges, drop_ranges, set_lr_factor
 from q3d_plugin.training.ranges import (
     check_ranges,
     follow_weights,
@@ -85,4 +85,7 @@ class QuantTraining:
 
     def end(self) -> None:
         """Has the ranges stay what they are; none is a parameter any more."""
+        for optimizer in self.optimizers:
+            drop_ranges(optimizer)
+        self.optimizers = []
         keep_ranges(self.model)

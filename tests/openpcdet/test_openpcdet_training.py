@@ -11,7 +11,6 @@ from train_double import OptimWrapper, build_optimizer, result_of, training_stat
 
 from q3d_plugin import lifecycle, safe_load
 from q3d_plugin.errors import Q3DError
-from q3d_plugin.training import range_group
 
 RECIPE = {'TARGET': 'simulation', 'ACTIVATION': {'CALIBRATOR': 'max'}, 'CALIBRATION': {'FRAMES': 2}}
 QAT = {**RECIPE, 'MODE': 'qat'}
@@ -37,6 +36,10 @@ def learned(model):
 
 def groups_of(optimizer):
     return getattr(optimizer, 'opt', optimizer).param_groups
+
+
+def range_group(optimizer):
+    return next((g for g in groups_of(optimizer) if any(k.startswith('q3d_') for k in g)), None)
 
 
 @pytest.fixture
@@ -182,14 +185,17 @@ def test_an_optimizer_that_is_made_later_is_recognised_at_its_first_step(
     hooks = len(torch_optimizer._global_optimizer_pre_hooks)
     model = make(qat(), training=True)
     model.load_params_from_file(str(float_file), run_logger)
+    # Two that could be the one: nobody can tell before a step.
+    early = [build_optimizer(model, 'sgd') for _ in range(2)]
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=0.1)
+    assert not any(map(range_group, early))
     stranger = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     stranger.step()
     assert range_group(stranger) is None is range_group(optimizer)
     assert len(torch_optimizer._global_optimizer_pre_hooks) == hooks + 1
     step(model, optimizer, 2)
-    assert len(torch_optimizer._global_optimizer_pre_hooks) == hooks
+    assert len(torch_optimizer._global_optimizer_pre_hooks) == hooks and not any(map(range_group, early))
     weights, ranges = optimizer.param_groups
     assert len(ranges['params']) == len(learned(model))
     assert not {map(id, weights['params'])} & {map(id, ranges['params'])}
