@@ -54,11 +54,12 @@ class QuantDetectorMixin:
         dataset: The data set; calibration makes another one from its config.
     """
 
+    _q3d_source: Optional[str] = None
+
     def __init__(self, model_cfg, num_class, dataset):
         recipe = check_model_cfg(model_cfg)
         super().__init__(model_cfg=model_cfg, num_class=num_class, dataset=dataset)
         self.quant_recipe = recipe
-        self._q3d_source: Optional[str] = None
         self._q3d_refused = ''
         self._q3d_ready = self._q3d_prepared = False
         self._q3d_training: Optional[DetectorTraining] = None
@@ -242,8 +243,8 @@ class QuantDetectorMixin:
         super().train(mode)
         # Without a checkpoint nothing is wrong yet: the first forward pass will say so. Before it is on its
         # device it cannot be calibrated.
-        moved = _device_type(self) != 'cpu' or not torch.cuda.is_available()
-        if mode and self.quant_recipe.mode == 'qat' and self._q3d_source is not None and moved:
+        loaded = mode and self._q3d_source is not None and self.quant_recipe.mode == 'qat'
+        if loaded and (_device_type(self) != 'cpu' or not torch.cuda.is_available()):
             self._q3d_prepare()
         return self
 

@@ -28,7 +28,7 @@ EPOCHS, FRAMES = 2, 4
 # Iterations until it is killed come from outside. Nobody waits for further checkpoints at the end.
 DRIVER = """
 import os, signal, sys, time
-import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from q3d_plugin.commands import main
 
 time.sleep = lambda seconds: None
@@ -41,7 +41,7 @@ def count(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-torch.optim.optimizer.register_optimizer_step_post_hook(count)
+register_optimizer_step_post_hook(count)
 sys.exit(main(['train', *sys.argv[1:]]))
 """
 
