@@ -54,8 +54,8 @@ class TrainedRange(nn.Module):
         trained: ``'fixed'``, ``'moving'`` or ``'learned'``.
         waiting: Whether inputs pass unchanged in training, because the schedule has not come that far.
         peak: The largest magnitude since it was last taken, where the range is a moving average.
-        share_of_peak: (C,) the fixed ratio of a weight's ranges to its largest magnitudes; None before
-            training.
+        share_of_peak: (C,) the fixed ratio of a weight's ranges to its largest magnitudes; None before the
+            first step of a training.
     """
 
     trained = 'fixed'
@@ -74,6 +74,7 @@ class TrainedRange(nn.Module):
         with torch.no_grad():
             amax = self.current_range().detach().clone()
         self.trained, self.waiting, self.peak, self._synced = kind, False, None, None
+        self.share_of_peak = None
         learned, was_learned = kind == 'learned', bool(self._parameters)
         if not learned and not was_learned:
             return

@@ -1,4 +1,4 @@
-"""A training step of a quantized detector of a zoo: which parameters get a gradient, and whether it is finite."""
+"""A training step of a quantized detector of a zoo: which parameters get a gradient, and is it finite."""
 
 import contextlib
 import copy

@@ -46,8 +46,19 @@ class RangeGroup:
             optimizer.param_groups.append(self._made())
         else:
             self._put_back()
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def drop(self) -> None:
+        """Takes the ranges out of the optimizer, with what it remembers of them."""
+        self.optimizer.param_groups[:] = self._others()
+        self._take_out()
+        for parameter in self.ranges:
+            self.optimizer.state.pop(parameter, None)
+        for hook in self._hooks:
+            hook.remove()
 
     def _others(self) -> List[Dict[str, Any]]:
         return [group for group in self.optimizer.param_groups if _MARK not in group]

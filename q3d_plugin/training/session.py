@@ -12,7 +12,9 @@ from q3d_plugin.training.optimizer import RangeGroup, add_ranges
 from q3d_plugin.training.ranges import (
     check_ranges,
     follow_weights,
+    keep_ranges,
     move_ranges,
+    note_shares,
     range_parameters,
     train_ranges,
 )
@@ -74,9 +76,17 @@ class QuantTraining:
         waiting = epoch < schedule.activations_from
         for quantizer in quantizers(self.model):
             quantizer.waiting = waiting and quantizer.role is Role.ACTIVATION
+        note_shares(self.model)
         follow_weights(self.model)
         if schedule.observe_until is None or epoch < schedule.observe_until:
             move_ranges(self.model, ranges.momentum)
         learning = schedule.learn_until is None or epoch < schedule.learn_until
         if self.group is not None:
             self.group.lr_factor = ranges.lr_factor if learning else 0.0
+
+    def end(self) -> None:
+        """Has the ranges stay what they are; none is a parameter any more."""
+        if self.group is not None:
+            self.group.drop()
+            self.group = None
+        keep_ranges(self.model)

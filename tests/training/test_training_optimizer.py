@@ -1,6 +1,5 @@
 """The group of learned ranges in an optimizer: rate, momentum, decay, schedules, and the way to a file."""
 
-
 import pytest
 import torch
 from torch import nn
