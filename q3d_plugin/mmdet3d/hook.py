@@ -18,6 +18,7 @@ from q3d_plugin.errors import Q3DError
 from q3d_plugin.files import check_writable, plain, write_text
 from q3d_plugin.mmdet3d.checkpoints import check_checkpoint
 from q3d_plugin.mmdet3d.data import calibration_loader, frame_name
+from q3d_plugin.mmdet3d.record import RunRecord
 from q3d_plugin.progress import with_progress
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.run_record import write_run
@@ -51,6 +52,7 @@ class QuantHook(Hook):
         self.save = save
         self._source = 'checkpoint'
         self._training: Optional[QuantTraining] = None
+        self._record: Optional[RunRecord] = None
 
     @staticmethod
     def _model(runner):
@@ -98,6 +100,7 @@ class QuantHook(Hook):
         self._ensure_calibrated(runner)
         if self._training is None:
             self._start_training(runner)
+        self._record = RunRecord(runner, self._training)
 
     def _start_training(self, runner) -> None:
         """Has model, wrapper, optimizer and averaged copies know ranges that are parameters from now on."""
@@ -126,6 +129,35 @@ class QuantHook(Hook):
             data_batch: Not used.
         """
         self._training.before_step(runner.iter / max(1, len(runner.train_dataloader)))
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Records the ranges and more after each pass over the frames, in loops that count by steps.
+
+        Args:
+            runner (Runner): The runner of the training process.
+            batch_idx (int): The index of the current batch.
+            data_batch: Not used.
+            outputs: Not used.
+        """
+        self._record.after_step(runner)
+
+    def after_train_epoch(self, runner) -> None:
+        """Records the ranges and more, in the log, the visualizer and ``training.json``.
+
+        Args:
+            runner (Runner): The runner of the training process.
+        """
+        self._record.after_epoch(runner)
+
+    def after_val_epoch(self, runner, metrics: Optional[Dict[str, float]] = None) -> None:
+        """Puts mAP and NDS beside the ranges, where validation belongs to a training.
+
+        Args:
+            runner (Runner): The runner of the validation process.
+            metrics (dict): Of the validation, by name.
+        """
+        if self._record is not None:
+            self._record.after_validation(runner, metrics)
 
     def before_val(self, runner) -> None:
         """Calibrates, where validation runs on its own.

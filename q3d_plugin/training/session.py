@@ -1,6 +1,6 @@
 """A model in quantization-aware training, as both adapters drive it."""
 
-from typing import List
+from typing import Any, Dict, List
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from q3d_plugin.training.ranges import (
     range_parameters,
     train_ranges,
 )
+from q3d_plugin.training.record import TrainingRecord
 
 __all__ = ['QuantTraining']
 
@@ -39,11 +40,13 @@ class QuantTraining:
 
     Attributes:
         optimizers: Those that have the learned ranges.
+        record: What the training makes of ranges and weights.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model, self.spec = model, recipe.training
         self.optimizers: List[torch.optim.Optimizer] = []
+        self.record = TrainingRecord(model)
         train_ranges(model, self.spec.ranges)
         if _before_state not in model._state_dict_pre_hooks.values():
             model.register_state_dict_pre_hook(_before_state)
@@ -79,3 +82,17 @@ class QuantTraining:
         learning = schedule.learn_until is None or epoch < schedule.learn_until
         for optimizer in self.optimizers:
             set_lr_factor(optimizer, ranges.lr_factor if learning else 0.0)
+        self.record.start(epoch)
+        self.record.sample_now(epoch)
+
+    def finish_epoch(self, epoch: float) -> Dict[str, Any]:
+        """A record of ranges, clipped values and changed weights; every process has to ask for it.
+
+        Args:
+            epoch: Epochs since the start of training, with fractions.
+
+        Returns:
+            dict: See :meth:`q3d_plugin.training.record.TrainingRecord.finish_epoch`.
+        """
+        follow_weights(self.model)
+        return self.record.finish_epoch(epoch)
