@@ -192,7 +192,8 @@ def _training(run: Run) -> str:
         return _missing("No training.json: q3d train writes it, where the recipe's mode is qat.")
     epochs = content['epochs']
     out = (
-        '<p>Shares of inputs were counted in a few steps of each epoch, those of weights in all of them.</p>'
+        '<p>Inputs were looked at in a few steps of each epoch, weights at its end; a changed integer is '
+        'another one than at the record before.</p>'
     )
     out += _epochs(content)
     if len(epochs) > 1:

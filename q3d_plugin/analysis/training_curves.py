@@ -66,7 +66,9 @@ def _short(name: str) -> str:
 
 def _draw(axes, lines: Lines, order, total: Optional[Sequence[Tuple[float, float]]] = None) -> None:
     """Thin lines for all layers, coloured ones for those that stand out, a black one for all together."""
-    named = sorted(lines, key=lambda name: order(lines[name]), reverse=True)[:NAMED]
+    # One that is zero throughout does not stand out.
+    ranks = {name: rank for name, points in lines.items() if (rank := order(points)) > 0}
+    named = sorted(ranks, key=ranks.__getitem__, reverse=True)[:NAMED]
     for name, points in lines.items():
         if name not in named:
             style = '-' if len(points) > 1 else '.'
@@ -91,7 +93,13 @@ def _draw(axes, lines: Lines, order, total: Optional[Sequence[Tuple[float, float
         )
     others = len(lines) - len(named)
     if others > 0:
-        axes.plot([], [], color='#999999', linewidth=0.7, label=f'{others} other layers')
+        axes.plot(
+            [],
+            [],
+            color='#999999',
+            linewidth=0.7,
+            label=f'{others} other layers' if named else f'{others} layers',
+        )
 
 
 def _finish(axes, title: str, ylabel: str, epochs: Sequence[Mapping[str, Any]]) -> None:
@@ -143,16 +151,20 @@ def range_chart(epochs: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _mark_ratios(axes, least: float, largest: float) -> None:
-    """Ticks as plain numbers, close enough to each other to be read, and an extent of at least 10%."""
-    low, high = min(least, 0.95), max(largest, 1.05)
-    steps = math.log2(high / low)
-    step = next(s for s in (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, math.inf) if steps / s <= 7)
-    step = 16 if math.isinf(step) else step
-    first, last = math.floor(math.log2(low) / step), math.ceil(math.log2(high) / step)
-    ticks = [2.0 ** (i * step) for i in range(first, last + 1)]
+    """Ticks as plain numbers, close enough to each other to be read, and an extent of at least 4%."""
+    low, high = min(least, 0.98), max(largest, 1.02)
+    octaves = math.log2(high / low)
+    if octaves < 1:
+        width = next(w for w in (0.01, 0.02, 0.05, 0.1, 0.2) if (high - low) / w <= 7)
+        ticks = [i * width for i in range(math.ceil(low / width), math.floor(high / width) + 1)]
+    else:
+        step = next((s for s in (0.25, 0.5, 1, 2, 4, 8) if octaves / s <= 7), 16)
+        ends = math.ceil(math.log2(low) / step), math.floor(math.log2(high) / step)
+        ticks = [2.0 ** (i * step) for i in range(ends[0], ends[1] + 1)]
     axes.set_yticks(ticks, [f'{t:.3g}' for t in ticks])
     axes.minorticks_off()
-    axes.set_ylim(low / 1.02, high * 1.02)
+    margin = (high / low) ** 0.03
+    axes.set_ylim(low / margin, high * margin)
     axes.axhline(1, color='black', linewidth=0.8, linestyle='--', zorder=0)
 
 
