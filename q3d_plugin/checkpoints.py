@@ -23,6 +23,7 @@ __all__ = [
     'META_KEY',
     'check_recipe_of',
     'check_state_dict',
+    'check_training_of',
     'is_quantized_checkpoint',
     'load_quantizers',
     'restore_sharing',
@@ -30,9 +31,9 @@ __all__ = [
     'stamp',
 ]
 
-FORMAT = 3
+FORMAT = 4
 """Of the checkpoints that are written. In format 1 recipes had no target; before 3 they had no ``include``,
-and no layer was float by default."""
+and no layer was float by default; before 4 they had no ``training``, and ranges stayed as calibrated."""
 
 META_KEY = 'q3d'
 """Where a checkpoint's ``meta`` holds the recipe."""
@@ -147,8 +148,9 @@ def check_recipe_of(
 ) -> None:
     """Checks that a quantized checkpoint was made with a recipe that means the same for every layer.
 
-    ``mode`` and ``calibration`` may differ: a PTQ checkpoint is a fine start for QAT, and the ranges are
-    taken. So may words that change nothing for any layer of ``model``.
+    ``mode``, ``calibration`` and ``training`` may differ: a PTQ checkpoint is a fine start for QAT, one of a
+    training can be tested, and the ranges are taken. So may words that change nothing for any layer of
+    ``model``.
 
     Args:
         meta: The checkpoint's ``meta``.
@@ -183,17 +185,49 @@ def check_recipe_of(
     layer = next((n for n, u in units(model) if _plan(made, n, u) != _plan(recipe, n, u)), None)
     if layer is None:
         return
-    theirs, mine = made.to_dict(), recipe.to_dict()
-    found = [
-        d
-        for key in mine
-        if key not in ('mode', 'calibration')
-        for d in differences(theirs[key], mine[key], recipe.place.key(key))
-    ]
+    found = _differences(made, recipe, ('mode', 'calibration', 'training'))
     raise Q3DError(
         f'{source}: it was quantized with another recipe (checkpoint and config): {"; ".join(found)}. They '
         f'differ for {layer!r}. Use the recipe it was made with, {advice}'
     )
+
+
+def check_training_of(meta: Optional[Mapping], recipe: Recipe, source: str = 'checkpoint') -> None:
+    """Checks that a training can go on from a checkpoint: that it is one of a training by the same recipe.
+
+    :func:`check_recipe_of` has to be asked as well, which compares what the recipes mean for the layers.
+
+    Args:
+        meta: The checkpoint's ``meta``.
+        recipe: The config's recipe, with ``mode='qat'``.
+        source: What to call the checkpoint in messages.
+
+    Raises:
+        Q3DError: It is of another mode, or its ``training`` differs. The differences are listed.
+    """
+    stamped = (meta or {}).get(META_KEY) or {}
+    advice = 'start a new training from it in place of resuming'
+    if not stamped.get('recipe'):
+        raise Q3DError(f'{source}: a quantized training cannot resume from it: it has no recipe; {advice}')
+    made = _recipe_of(stamped, source)
+    if (made.mode, made.training) == (recipe.mode, recipe.training):
+        return
+    found = _differences(made, recipe, ('calibration',))
+    raise Q3DError(
+        f'{source}: a training cannot resume with another recipe (checkpoint and config): '
+        f'{"; ".join(found)}. Use the recipe it was started with, or {advice}'
+    )
+
+
+def _differences(made: Recipe, recipe: Recipe, besides: Iterable[str]) -> List[str]:
+    """The paths at which two recipes differ, with the values of the checkpoint and of the config."""
+    theirs, mine = made.to_dict(), recipe.to_dict()
+    return [
+        d
+        for key in mine
+        if key not in besides
+        for d in differences(theirs[key], mine[key], recipe.place.key(key))
+    ]
 
 
 def _plan(recipe: Recipe, name: str, unit: QuantUnit) -> LayerPlan:
@@ -217,6 +251,8 @@ def _recipe_of(stamped: Mapping, source: str) -> Recipe:
         given['target'] = 'simulation'
     if version < 3:
         given['include'] = ['*']
+    if version < 4:
+        given.setdefault('training', {'ranges': {'weight': 'fixed', 'activation': 'fixed'}})
     try:
         return Recipe.from_dict(given)
     except Q3DError as error:

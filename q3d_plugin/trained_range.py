@@ -85,8 +85,8 @@ class TrainedRange(nn.Module):
         counting: Whether values that the range clips are counted in training.
         clipped: (2,) how many were clipped, and how many there were, since it was last taken; None where none
             were counted.
-        share_of_peak: (C,) the fixed ratio of a weight's ranges to its largest magnitudes; None before
-            training.
+        share_of_peak: (C,) the fixed ratio of a weight's ranges to its largest magnitudes; None before the
+            first step of a training.
     """
 
     trained = 'fixed'
@@ -107,6 +107,7 @@ class TrainedRange(nn.Module):
         with torch.no_grad():
             amax = self.current_range().detach().clone()
         self.trained, self.waiting, self.peak, self._synced = kind, False, None, None
+        self.share_of_peak = None
         learned, was_learned = kind == 'learned', bool(self._parameters)
         if not learned and not was_learned:
             return

@@ -49,11 +49,53 @@ def test_another_recipe_is_refused_and_every_difference_listed():
     assert message.count(' and ') == 3 + 1  # 'checkpoint and config'
 
 
-def test_mode_and_calibration_may_differ():
+def test_mode_calibration_and_training_may_differ():
     given = dict(ANY, mode='qat', calibration=dict(frames=7, seed=3, split='val'), weight=dict(bits=4))
+    given['training'] = dict(ranges=dict(scale='linear'))
     check(given, dict(ANY, weight=dict(bits=4)))
     with pytest.raises(Q3DError, match='recipe.weight.bits: 4 and 8[.]'):
         check(given, ANY)
+
+
+def check_training(made, mine, source='checkpoint', **stamped):
+    meta = {checkpoints.META_KEY: {**checkpoints.stamp(Recipe.from_dict(made)), **stamped}}
+    checkpoints.check_training_of(meta, Recipe.from_dict(mine), source)
+
+
+def test_a_training_resumes_with_its_own_recipe_alone():
+    made = dict(ANY, mode='qat', training=dict(ranges=dict(scale='linear'), schedule=dict(observe_until=2)))
+    check_training(made, dict(made, calibration=dict(frames=7)))
+    # What widths and patterns mean is compared elsewhere, by what they mean for the layers.
+    check_training(made, dict(made, weight=dict(bits=4)))
+    with pytest.raises(Q3DError) as caught:
+        check_training(made, dict(ANY, mode='qat', skip='0', calibration=dict(frames=7)), 'a.pth')
+    message = str(caught.value)
+    assert message.startswith('a.pth: a training cannot resume with another recipe (checkpoint and config): ')
+    for difference in (
+        "recipe.training.ranges.scale: 'linear' and 'log2'",
+        'recipe.training.schedule.observe_until: 2.0 and None',
+        "recipe.skip: [] and ['0']",
+    ):
+        assert difference in message
+    assert 'calibration' not in message
+    with pytest.raises(Q3DError, match="recipe.mode: 'ptq' and 'qat'.*start a new training from it"):
+        check_training(ANY, dict(ANY, mode='qat'))
+    for meta in (None, {}, {checkpoints.META_KEY: {}}):
+        with pytest.raises(Q3DError, match='a.pth: a quantized training cannot resume from it'):
+            checkpoints.check_training_of(meta, Recipe.from_dict(dict(mode='qat')), 'a.pth')
+
+
+def test_older_trainings_had_fixed_ranges():
+    made = Recipe.from_dict(dict(ANY, mode='qat')).to_dict()
+    del made['training']
+    meta = {checkpoints.META_KEY: {'recipe': made, 'format': 3}}
+    fixed = dict(ranges=dict(weight='fixed', activation='fixed'))
+    checkpoints.check_training_of(meta, Recipe.from_dict(dict(ANY, mode='qat', training=fixed)))
+    with pytest.raises(Q3DError, match=r"training\.ranges\.weight: 'fixed' and 'learned'"):
+        checkpoints.check_training_of(meta, Recipe.from_dict(dict(ANY, mode='qat')))
+    # Today's have it always.
+    meta[checkpoints.META_KEY]['format'] = checkpoints.FORMAT
+    checkpoints.check_training_of(meta, Recipe.from_dict(dict(ANY, mode='qat')))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +162,8 @@ def test_a_newer_format_is_refused_with_the_version_to_install():
         ('format2_tensorrt', {}),
         ('format2_openvino', dict(target='openvino')),
         ('format3_include', dict(include=['3'])),
+        ('format4_training', dict(include=['3'])),
+        ('format4_training', dict(include=['3'], mode='qat', training=dict(ranges=dict(scale='linear')))),
     ],
 )
 def test_stored_checkpoints_of_every_format_compute_what_they_did(name, recipe):

@@ -102,11 +102,21 @@ def feed(
 
 
 def from_all_ranks(value: Any) -> List:
-    """``value`` of every rank, in the order of ranks."""
+    """``value`` of every rank, in the order of ranks.
+
+    Raises:
+        Q3DError: Another process has ended.
+    """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    try:
+        dist.all_gather_object(values, value)
+    except RuntimeError as error:
+        raise Q3DError(
+            'calibration: another process has ended, or cannot be reached; its own message says why '
+            f'({str(error).splitlines()[0]})'
+        ) from error
     return values
 
 

@@ -78,6 +78,8 @@ class QuantHook(Hook):
             runner (Runner): The runner.
             checkpoint (dict): As read from the file, before it goes into the model.
         """
+        if runner._resume and self.recipe.mode == 'qat':
+            checkpoints.check_training_of(checkpoint.get('meta'), self.recipe, self._source)
         state = check_checkpoint(checkpoint, self._model(runner), self.recipe, self._source)
         if runner._resume and self.recipe.mode == 'qat':
             # The optimizer is loaded next, and has to have the learned ranges by then.

@@ -1,7 +1,8 @@
 """The life of a quantized detector as OpenPCDet's scripts run it: without hooks, the detector itself acts.
 
 ``tools/test.py`` builds the detector, calls ``load_params_from_file`` and then the detector, batch by batch;
-``tools/train.py`` builds the optimizer in between, and resumes by ``load_params_with_optimizer``.
+``tools/train.py`` builds the optimizer in between, resumes by ``load_params_with_optimizer``, and then calls
+``train()`` before it gives the detector to DistributedDataParallel.
 """
 
 import contextlib
@@ -25,8 +26,10 @@ from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.openpcdet.checkpoints import pack_recipe, read_checkpoint, unpack_recipe
 from q3d_plugin.openpcdet.data import calibration_loader, frame_name, rank_and_world
 from q3d_plugin.openpcdet.recipe import PATH, check_model_cfg
+from q3d_plugin.openpcdet.training import STEPS_KEY, DetectorTraining
 from q3d_plugin.progress import with_progress
 from q3d_plugin.run_record import write_run
+from q3d_plugin.trained_range import LOG2_KEY
 
 __all__ = ['QuantDetectorMixin']
 
@@ -41,6 +44,8 @@ class QuantDetectorMixin:
     - A float checkpoint is checked, its BatchNorms are folded, and what does not fit is an error.
     - At the first forward pass after that it calibrates (the detector is on its device by then), logs which
       layer is quantized how, and saves ``quantized.pth`` and ``coverage.json`` beside OpenPCDet's log.
+    - In training that comes earlier, in ``train()``: learned ranges are parameters from then on, and
+      DistributedDataParallel has to know them.
     - A quantized checkpoint, also one from training, is recognised, and nothing is calibrated.
 
     Args:
@@ -55,11 +60,13 @@ class QuantDetectorMixin:
         self.quant_recipe = recipe
         self._q3d_source: Optional[str] = None
         self._q3d_refused = ''
-        self._q3d_ready = False
+        self._q3d_ready = self._q3d_prepared = False
+        self._q3d_training: Optional[DetectorTraining] = None
         self._q3d_saved = set()
         self._q3d_logger = getattr(dataset, 'logger', None) or logging.getLogger('q3d_plugin')
         lifecycle.configure(self, recipe, self._q3d_logger)
         self.register_buffer(RECIPE_KEY, pack_recipe(recipe))
+        self.register_buffer(STEPS_KEY, torch.zeros((), dtype=torch.int64))
 
     def _q3d_note_recipe(self) -> None:
         packed = pack_recipe(self.quant_recipe, self)
@@ -113,7 +120,8 @@ class QuantDetectorMixin:
             tuple: Iterations and epochs done.
 
         Raises:
-            Q3DError: As :meth:`load_params_from_file`; or the checkpoint is float.
+            Q3DError: As :meth:`load_params_from_file`; or the checkpoint is float, or of a training by
+                another recipe.
         """
         self._q3d_logger = logger or self._q3d_logger
         with self._q3d_loading(filename) as source:
@@ -124,7 +132,7 @@ class QuantDetectorMixin:
                     'had other parameters; start from it with --pretrained_model'
                 )
             self._q3d_logger.info(f'==> Loading parameters from {source}')
-            self._load_state_dict(checkpoint['model_state'], strict=True)
+            self._q3d_resume(checkpoint, source, optimizer)
             if optimizer is not None:
                 state = checkpoint.get('optimizer_state')
                 beside = Path(filename).with_name(f'{Path(filename).stem}_optim{Path(filename).suffix}')
@@ -142,24 +150,49 @@ class QuantDetectorMixin:
         self._q3d_source, self._q3d_refused = str(filename), ''
         try:
             yield source
-        except Q3DError as error:
+        except Exception as error:
             # tools/train.py goes on to older checkpoints of the run, in the end to none, whatever the error.
-            self._q3d_source, self._q3d_refused = None, str(error)
-            self._q3d_logger.error(f'QuantDetector: {error}')
+            known = isinstance(error, Q3DError)
+            self._q3d_source = None
+            self._q3d_refused = str(error) if known else f'{source}: {type(error).__name__}: {error}'
+            self._q3d_logger.error(f'QuantDetector: {self._q3d_refused}')
             raise
 
     def _load_state_dict(self, model_state_disk, *, strict=True):
         """OpenPCDet's own way of loading, given a state that fits: it drops what has no place, silently."""
         source = f'checkpoint {self._q3d_source!r}' if self._q3d_source else 'checkpoint'
-        state = self._q3d_fitted(model_state_disk, source)
+        self._q3d_end_training()
+        # Whatever was trained before, a training that starts from here is at its beginning.
+        state = self._q3d_fitted(model_state_disk, source, steps=0)
         if not checkpoints.is_quantized_checkpoint(model_state_disk):
             lifecycle.configure(self, self.quant_recipe)
-        self._q3d_ready = False
+        self._q3d_ready = self._q3d_prepared = False
         return super()._load_state_dict(state, strict=strict)
 
-    def _q3d_fitted(self, given, source: str) -> Dict[str, Any]:
+    def _q3d_resume(self, checkpoint: Dict[str, Any], source: str, optimizer: Any) -> None:
+        given = checkpoint['model_state']
+        self._q3d_end_training()
+        if self.quant_recipe.mode == 'qat':
+            meta = unpack_recipe(given.get(RECIPE_KEY))
+            checkpoints.check_training_of(meta, self.quant_recipe, source)
+        # Before steps were counted here, OpenPCDet's own count of iterations tells them.
+        steps = int(given.get(STEPS_KEY, checkpoint.get('it') or 0))
+        state = self._q3d_fitted(given, source, steps)
+        if self.quant_recipe.mode == 'qat':
+            # Model and optimizer need their learned ranges before those are loaded.
+            checkpoints.load_quantizers(self, state)
+            self._q3d_training = DetectorTraining(self, self.quant_recipe, optimizer)
+        self._q3d_ready = self._q3d_prepared = False
+        super()._load_state_dict(state, strict=True)
+
+    def _q3d_end_training(self) -> None:
+        if self._q3d_training is not None:
+            self._q3d_training.end()
+            self._q3d_training = None
+
+    def _q3d_fitted(self, given, source: str, steps: int) -> Dict[str, Any]:
         """The state of a checkpoint as it goes into this model; everything of it has its place there."""
-        state = dict(given)
+        state = {**given, STEPS_KEY: torch.tensor(steps)}
         recipe = unpack_recipe(state.pop(RECIPE_KEY, None))
         if checkpoints.is_quantized_checkpoint(state):
             checkpoints.check_recipe_of(recipe, state, self, self.quant_recipe, source)
@@ -172,7 +205,8 @@ class QuantDetectorMixin:
         if 'global_step' in mine:
             state.setdefault('global_step', mine['global_step'])
         folded = checkpoints.check_state_dict(self, state, source)
-        over = [k for k in folded if k not in mine]
+        # Whether the logarithms of learned ranges have a place depends on what the model is used for.
+        over = [k for k in folded if k not in mine and not k.endswith(LOG2_KEY)]
         if over:
             near = near_matches(over[0], [k for k in mine if k not in state], 1)
             raise Q3DError(
@@ -196,21 +230,54 @@ class QuantDetectorMixin:
 
     # Running.
 
+    def train(self, mode: bool = True):
+        """As everywhere; in quantization-aware training a detector with a checkpoint gets its ranges here.
+
+        Args:
+            mode: Whether it trains.
+
+        Raises:
+            Q3DError: It cannot be calibrated.
+        """
+        super().train(mode)
+        # Without a checkpoint nothing is wrong yet: the first forward pass will say so. Before it is on its
+        # device it cannot be calibrated.
+        moved = _device_type(self) != 'cpu' or not torch.cuda.is_available()
+        if mode and self.quant_recipe.mode == 'qat' and self._q3d_source is not None and moved:
+            self._q3d_prepare()
+        return self
+
     def forward(self, batch_dict):
         """OpenPCDet's forward pass, of a model that is calibrated first where it has no ranges yet."""
-        if not self._q3d_ready:
-            self._q3d_prepare()
         if self.training and self.quant_recipe.mode != 'qat':
             raise Q3DError(f"{PATH}.MODE: {self.quant_recipe.mode!r} does not train; 'qat' would work")
-        return super().forward(batch_dict)
+        late = self._q3d_training is None
+        self._q3d_prepare()
+        if self.training and self._q3d_training is not None:
+            if late:
+                self._q3d_training.check_not_wrapped()
+            self._q3d_training.before_step(batch_dict['batch_size'])
+        out = super().forward(batch_dict)
+        if self.training and self._q3d_training is not None:
+            shown = self._q3d_training.scalars(out[1], _folder_of(self._q3d_logger), self._q3d_logger)
+            out[1].update(shown)
+        return out
 
     def _q3d_prepare(self) -> None:
+        """Gives the detector its ranges, and in training what else training needs, unless that is done."""
+        if not self._q3d_ready:
+            self._q3d_get_ranges()
+            self._q3d_report()
+            self._q3d_ready = self._q3d_prepared = True
+        # Whoever gave it ranges by hand trains it by hand, too.
+        if self.training and self._q3d_training is None and self._q3d_prepared:
+            self._q3d_training = DetectorTraining(self, self.quant_recipe)
+
+    def _q3d_get_ranges(self) -> None:
         recipe, logger = self.quant_recipe, self._q3d_logger
-        if self.training and recipe.mode != 'qat':
-            return
         if recipe.mode == 'float':
             logger.info(f'QuantDetector: {PATH}.MODE is float, every quantizer is off')
-        elif lifecycle.is_calibrated(self):
+        elif lifecycle.is_calibrated(self) and not (self.training and self._q3d_refused):
             logger.info('QuantDetector: the checkpoint is quantized, its ranges are used')
         elif self._q3d_source is None:
             raise Q3DError(
@@ -220,8 +287,6 @@ class QuantDetectorMixin:
             )
         else:
             self._q3d_calibrate()
-        self._q3d_report()
-        self._q3d_ready = True
 
     def _q3d_calibrate(self) -> None:
         spec, logger = self.quant_recipe.calibration, self._q3d_logger

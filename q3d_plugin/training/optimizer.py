@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional
 import torch
 from torch import nn
 
-__all__ = ['add_ranges', 'range_group', 'set_lr_factor']
+__all__ = ['add_ranges', 'drop_ranges', 'range_group', 'set_lr_factor']
 
 _FACTOR = 'q3d_lr_factor'
 _FOLLOWED = ('betas', 'momentum')
@@ -38,6 +38,15 @@ def add_ranges(optimizer: torch.optim.Optimizer, ranges: Sequence[nn.Parameter],
     notes = {k: v for k, v in _leading(optimizer).items() if k != 'params'}
     optimizer.add_param_group({**notes, 'params': list(ranges), 'weight_decay': 0.0, _FACTOR: lr_factor})
     optimizer.register_step_pre_hook(_follow)
+
+
+def drop_ranges(optimizer: torch.optim.Optimizer) -> None:
+    """Takes the group of learned ranges out of an optimizer, with what it remembers of them."""
+    group = range_group(optimizer)
+    if group is not None:
+        optimizer.param_groups[:] = _others(optimizer)
+        for parameter in group['params']:
+            optimizer.state.pop(parameter, None)
 
 
 def set_lr_factor(optimizer: torch.optim.Optimizer, lr_factor: float) -> None:

@@ -13,7 +13,16 @@ from q3d_plugin.layers.model import quantizers, units
 from q3d_plugin.quantizer import Quantizer, Role
 from q3d_plugin.recipe import RangesSpec
 
-__all__ = ['check_ranges', 'follow_weights', 'learned', 'move_ranges', 'range_parameters', 'train_ranges']
+__all__ = [
+    'check_ranges',
+    'follow_weights',
+    'keep_ranges',
+    'learned',
+    'move_ranges',
+    'note_shares',
+    'range_parameters',
+    'train_ranges',
+]
 
 
 def train_ranges(model: nn.Module, spec: RangesSpec) -> None:
@@ -35,9 +44,27 @@ def train_ranges(model: nn.Module, spec: RangesSpec) -> None:
         kind = spec.weight if quantizer.role is Role.WEIGHT else spec.activation
         if quantizer.has_range and quantizer not in running:
             quantizer.train_range(kind, log2=spec.scale == 'log2')
+
+
+def keep_ranges(model: nn.Module) -> None:
+    """Has every range stay what it is from now on, as a buffer."""
+    for quantizer in quantizers(model):
+        quantizer.train_range('fixed')
+
+
+@torch.no_grad()
+def note_shares(model: nn.Module) -> None:
+    """Notes the ratio of fixed ranges of weights to their largest weights, where it is not noted yet.
+
+    Not before the first step: a training that is resumed is set up before its weights are loaded.
+
+    Args:
+        model: After :func:`train_ranges`.
+    """
     for layer in _following(model):
         quantizer = layer.weight_quantizer
-        quantizer.share_of_peak = _share(quantizer._amax, _peaks(layer))
+        if quantizer.share_of_peak is None:
+            quantizer.share_of_peak = _share(quantizer._amax, _peaks(layer))
 
 
 def learned(model: nn.Module) -> List[Quantizer]:
@@ -83,7 +110,7 @@ def follow_weights(model: nn.Module) -> None:
     """Sets the fixed ranges of weights anew: in each channel the same share of the largest weight.
 
     Args:
-        model: After :func:`train_ranges`.
+        model: After :func:`train_ranges`; ranges whose share is not noted stay what they are.
     """
     for layer in _following(model):
         quantizer = layer.weight_quantizer

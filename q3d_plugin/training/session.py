@@ -8,11 +8,13 @@ from torch import nn
 from q3d_plugin.layers.model import quantizers
 from q3d_plugin.quantizer import Role
 from q3d_plugin.recipe import Recipe
-from q3d_plugin.training.optimizer import add_ranges, set_lr_factor
+from q3d_plugin.training.optimizer import add_ranges, drop_ranges, set_lr_factor
 from q3d_plugin.training.ranges import (
     check_ranges,
     follow_weights,
+    keep_ranges,
     move_ranges,
+    note_shares,
     range_parameters,
     train_ranges,
 )
@@ -76,6 +78,7 @@ class QuantTraining:
         waiting = epoch < schedule.activations_from
         for quantizer in quantizers(self.model):
             quantizer.waiting = waiting and quantizer.role is Role.ACTIVATION
+        note_shares(self.model)
         follow_weights(self.model)
         if schedule.observe_until is None or epoch < schedule.observe_until:
             move_ranges(self.model, ranges.momentum)
@@ -96,3 +99,10 @@ class QuantTraining:
         """
         follow_weights(self.model)
         return self.record.finish_epoch(epoch)
+
+    def end(self) -> None:
+        """Has the ranges stay what they are; none is a parameter any more."""
+        for optimizer in self.optimizers:
+            drop_ranges(optimizer)
+        self.optimizers = []
+        keep_ranges(self.model)

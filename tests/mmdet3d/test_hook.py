@@ -271,6 +271,16 @@ def test_qat_trains_saves_resumes_and_is_tested(runner, float_checkpoint, tmp_pa
     for a, q in zip(ranges, lifecycle.quantizers(resumed.model)):
         assert torch.equal(a, q._amax)
 
-    tested = runner(path, {**recipe, 'mode': 'ptq'}, work_dir=tmp_path / 'tested')
+    training = {'ranges': {'scale': 'linear'}, 'schedule': {'learn_until': 1.0}}
+    for start, given, words in (
+        (path, training, r"ranges\.scale: 'log2' and 'linear'.*\.learn_until: None and 1"),
+        (float_checkpoint, None, 'cannot resume from it: it has no recipe'),
+    ):
+        other = {**recipe, **({'training': given} if given else {})}
+        other = runner(start, other, work_dir=tmp_path / 'other', **{**changes, 'resume': True})
+        with pytest.raises(Q3DError, match=words):
+            other.train()
+
+    tested = runner(path, {**recipe, 'mode': 'ptq', 'training': training}, work_dir=tmp_path / 'tested')
     tested.test()
     assert not (tmp_path / 'tested' / 'last_quantized').exists()

@@ -1,4 +1,4 @@
-"""The life of a quantized detector on the contract double: load, calibrate, save, train, resume."""
+"""The life of a quantized detector on the contract double: load, calibrate, save, load again."""
 
 import json
 import logging
@@ -6,7 +6,6 @@ import logging
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from q3d_plugin import lifecycle
 from q3d_plugin.coverage import coverage
@@ -293,85 +292,6 @@ def test_a_second_checkpoint_wins(make, outputs, float_file, quantized, run_logg
 def test_patterns_that_match_nothing_fail_at_build(make):
     with pytest.raises(Q3DError, match=r'MODEL\.QUANT\.SKIP\[0\]: .*hm\.7.*did you mean'):
         make({'SKIP': ['dense_head.heads_list.0.hm.7']})
-
-
-def one_cycle(model):
-    """Parameters as OpenPCDet's optimizer collects them: from the modules without children."""
-
-    def leaves(module):
-        children = list(module.children())
-        return [leaf for child in children for leaf in leaves(child)] if children else [module]
-
-    return torch.optim.Adam(nn.Sequential(*leaves(model)).parameters(), lr=1e-3)
-
-
-def train(adapter, model, optimizer, batch, steps=2):
-    model.train()
-    step = adapter.pcdet_models.model_fn_decorator()
-    for index in range(steps):
-        optimizer.zero_grad()
-        step(model, batch(model, index)).loss.backward()
-        optimizer.step()
-
-
-def training_state(model, optimizer):
-    """As OpenPCDet's checkpoint_state: there is no place for a recipe but the state of the model."""
-    model_state = type(model.state_dict())((k, v.cpu()) for k, v in model.state_dict().items())
-    return {
-        'epoch': 1,
-        'it': 2,
-        'model_state': model_state,
-        'optimizer_state': optimizer.state_dict(),
-        'lr': np.float64(1e-3),
-        'version': 'pcdet+0.6.0',
-    }
-
-
-def test_training_resuming_and_testing_its_checkpoints(
-    adapter, make, batch, outputs, float_file, run_logger, tmp_path
-):
-    model = make(QAT, training=True)
-    optimizer = one_cycle(model)
-    model.load_params_from_file(str(float_file), run_logger)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    train(adapter, model, optimizer, batch)
-    assert all(m.training for m in model.modules() if not list(m.children()))
-    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert (tmp_path / 'run' / 'quantized.pth').is_file()
-    path = tmp_path / 'checkpoint_epoch_1.pth'
-    torch.save(training_state(model, optimizer), path, _use_new_zipfile_serialization=False)
-
-    resumed = make(QAT, training=True)
-    again = one_cycle(resumed)
-    assert resumed.load_params_with_optimizer(str(path), optimizer=again, logger=run_logger) == (2, 1)
-    assert same(ranges(resumed), ranges(model)) and int(resumed.global_step) == 2
-    for a, b in zip(again.state_dict()['state'].values(), optimizer.state_dict()['state'].values()):
-        assert torch.equal(a['exp_avg'], b['exp_avg'])
-    train(adapter, resumed, again, batch, 1)
-    train(adapter, model, optimizer, batch, 1)
-    assert same(resumed.state_dict(), model.state_dict())
-
-    tested = make(RECIPE)
-    tested.load_params_from_file(str(path), run_logger)
-    outputs(tested)
-    assert same(ranges(tested), ranges(model))
-    assert log_text(tmp_path).count('calibrating on') == 1
-
-
-def test_training_wants_mode_qat_and_a_float_checkpoint(
-    adapter, make, batch, float_file, quantized, run_logger
-):
-    model = make(RECIPE, training=True)
-    model.load_params_from_file(str(float_file), run_logger)
-    with pytest.raises(Q3DError, match=r"MODEL\.QUANT\.MODE: 'ptq' does not train; 'qat' would work"):
-        model.train()(batch(model))
-    model = make(QAT, training=True)
-    with pytest.raises(Q3DError, match='--pretrained_model'):
-        model.train()(batch(model))
-    with pytest.raises(Q3DError, match='cannot resume from a float checkpoint.*--pretrained_model'):
-        model.load_params_with_optimizer(str(float_file), optimizer=one_cycle(model), logger=run_logger)
-    model.load_params_from_file(str(quantized[2]), run_logger)
-    train(adapter, model, one_cycle(model), batch, 1)
 
 
 def test_a_float_detector_takes_no_notice_of_a_quantized_checkpoint(make, quantized, run_logger):

@@ -1,6 +1,8 @@
 """A data set whose info files name frames, which are made up from their names."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,8 @@ class NuScenesDataset(DatasetTemplate):
         coords = coords[np.random.permutation(len(cells))] if self.dataset_cfg.get('SHUFFLE') else coords
         if info.get('nan'):
             voxels[0] = np.nan
+        if info.get('die'):
+            os.kill(os.getpid(), signal.SIGKILL)
         cameras = self.dataset_cfg.get('CAMERA_CONFIG')
         images = {}
         if cameras is not None:
