@@ -29,6 +29,7 @@ __all__ = [
     'restore_sharing',
     'save_checkpoint',
     'stamp',
+    'teacher_of',
 ]
 
 FORMAT = 4
@@ -267,12 +268,13 @@ def _unsigned_quantizer(state_dict: Mapping) -> str:
     return ''
 
 
-def stamp(recipe: Recipe, model: Optional[nn.Module] = None) -> Dict[str, Any]:
+def stamp(recipe: Recipe, model: Optional[nn.Module] = None, teacher: str = '') -> Dict[str, Any]:
     """The entry of a quantized checkpoint's ``meta`` under :data:`META_KEY`.
 
     Args:
         recipe: Of the checkpoint.
         model: Calibrated: which of its units have one scale is noted as far as calibration found it.
+        teacher: The checkpoint that the teacher of a training is made of again, where it has one.
     """
     shared = [] if model is None else undeclared_groups(model)
     return {
@@ -280,7 +282,29 @@ def stamp(recipe: Recipe, model: Optional[nn.Module] = None) -> Dict[str, Any]:
         'version': __version__,
         'format': FORMAT,
         **({'shared_scales': shared} if shared else {}),
+        **({'teacher': teacher} if teacher else {}),
     }
+
+
+def teacher_of(meta: Optional[Mapping], recipe: Recipe, source: str = 'checkpoint') -> str:
+    """The checkpoint that the teacher of a training that is resumed is made of.
+
+    Args:
+        meta: The checkpoint's ``meta``.
+        recipe: The config's recipe, with distillation.
+        source: What to call the checkpoint in messages.
+
+    Raises:
+        Q3DError: The checkpoint does not say which.
+    """
+    found = ((meta or {}).get(META_KEY) or {}).get('teacher')
+    if not found:
+        place = recipe.place.key('training').key('distillation').key('teacher')
+        raise Q3DError(
+            f'{source}: it does not say which teacher its training had; the float checkpoint that training '
+            f'started from, as {place}, would work'
+        )
+    return found
 
 
 def restore_sharing(meta: Optional[Mapping], model: nn.Module) -> None:

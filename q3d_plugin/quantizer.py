@@ -294,6 +294,8 @@ class Quantizer(TrainedRange, TensorQuantizer):
         if self.training and self.trained == 'moving':
             self.note_peak(inputs)
         range_ = largest_magnitude(inputs) if self._dynamic else self.current_range()
+        if self.counting and self.training and not self._dynamic:
+            self.note_clipped(inputs, range_, *numerics.bounds(self._num_bits, self._unsigned))
         out = self._quantize(inputs, range_, inplace)
         self._remember(inputs, out)
         if inplace and not self._dynamic and not out.is_inference():

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from q3d_plugin import numerics
 from q3d_plugin.straight_through import gradient_scale
 
-__all__ = ['LOG2_KEY', 'TrainedRange', 'largest_magnitude']
+__all__ = ['LOG2_KEY', 'TrainedRange', 'largest_magnitude', 'levels']
 
 LOG2_KEY = '_log2_amax'
 """The entry of a training checkpoint that holds the logarithm of a learned range, beside the range."""
 
 # A range below this is as good as zero; its logarithm is finite.
 _SMALLEST = 1e-12
+# A step below this would overflow when it is inverted.
+_TINY = 1e-30
 
 
 def largest_magnitude(*tensors: Tensor) -> Tensor:
@@ -25,6 +27,32 @@ def largest_magnitude(*tensors: Tensor) -> Tensor:
     """
     found = [numerics.extremes(t.detach()).abs().amax().to(t.dtype) for t in tensors if t.numel()]
     return torch.stack(found).amax() if found else torch.zeros((), device=tensors[0].device)
+
+
+def levels(x: Tensor, amax: Tensor, high: int, axis: Optional[int] = None) -> Tensor:
+    """The integers that values are rounded to, before those outside of the format are clipped.
+
+    Args:
+        x: Any shape, floating point.
+        amax: Range; a scalar tensor, or one number per index of ``axis``.
+        high: The largest integer of the format, which ``amax`` maps to.
+        axis: The axis that has ranges of its own; None for one range for all.
+
+    Returns:
+        Tensor: Shape of ``x``; whole numbers as float32, or as float64 where ``x`` has that type.
+
+    Examples:
+        >>> levels(torch.tensor([-0.3, 0.26, 9.0]), torch.tensor(7.0), high=7)
+        tensor([-0., 0., 9.])
+    """
+    x = x.detach()
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    scale = (amax.detach().to(x.device, torch.float32) / high).clamp_min(_TINY)
+    if axis is not None:
+        shape = [1] * x.dim()
+        shape[axis] = -1
+        scale = scale.reshape(shape)
+    return (x * (1.0 / scale).to(x.dtype)).round_()
 
 
 class _Tied(torch.autograd.Function):
@@ -54,6 +82,9 @@ class TrainedRange(nn.Module):
         trained: ``'fixed'``, ``'moving'`` or ``'learned'``.
         waiting: Whether inputs pass unchanged in training, because the schedule has not come that far.
         peak: The largest magnitude since it was last taken, where the range is a moving average.
+        counting: Whether values that the range clips are counted in training.
+        clipped: (2,) how many were clipped, and how many there were, since it was last taken; None where none
+            were counted.
         share_of_peak: (C,) the fixed ratio of a weight's ranges to its largest magnitudes; None before the
             first step of a training.
     """
@@ -61,6 +92,8 @@ class TrainedRange(nn.Module):
     trained = 'fixed'
     waiting = False
     peak: Optional[Tensor] = None
+    counting = False
+    clipped: Optional[Tensor] = None
     share_of_peak: Optional[Tensor] = None
     _synced: Optional[int] = None
 
@@ -137,6 +170,21 @@ class TrainedRange(nn.Module):
         largest = largest_magnitude(x).to(self._amax)
         self.peak = largest if self.peak is None else torch.maximum(self.peak, largest)
 
+    def note_clipped(self, x: Tensor, amax: Tensor, low: int, high: int) -> None:
+        """Counts the values of ``x`` that are clipped, which are those that get no gradient.
+
+        Args:
+            x: The tensor that is quantized.
+            amax: Its range, a scalar.
+            low: The smallest integer.
+            high: The largest integer.
+        """
+        with torch.no_grad():
+            found = levels(x, amax, high)
+            inside = torch.count_nonzero((found >= low) & (found <= high))
+            counted = torch.stack([x.numel() - inside, torch.full_like(inside, x.numel())])
+            self.clipped = counted if self.clipped is None else self.clipped + counted
+
     def move(self, peak: Tensor, momentum: float) -> None:
         """A step of the moving average.
 
@@ -150,7 +198,7 @@ class TrainedRange(nn.Module):
 
     def __getstate__(self):
         # A copy of the model, such as that of an exponential moving average, has seen nothing.
-        return {**self.__dict__, 'peak': None, '_synced': None}
+        return {**self.__dict__, 'peak': None, 'counting': False, 'clipped': None, '_synced': None}
 
     def _save_to_state_dict(self, *args, **kwargs) -> None:
         with torch.no_grad():

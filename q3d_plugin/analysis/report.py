@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Dict, Optional, Tuple
 
-from q3d_plugin.analysis import charts
+from q3d_plugin.analysis import charts, training_curves
 from q3d_plugin.analysis.nuscenes import RINGS, Detections, ap_by_distance
 from q3d_plugin.analysis.picture import frame_picture
 from q3d_plugin.analysis.run_files import Run, target_of
@@ -186,6 +186,55 @@ def _sweep(run: Run) -> str:
     return out + _table(['recipe', 'target', *measures], rows, len(measures))
 
 
+def _training(run: Run) -> str:
+    content = run.training
+    if not content or not content.get('epochs'):
+        return _missing("No training.json: q3d train writes it, where the recipe's mode is qat.")
+    epochs = content['epochs']
+    out = (
+        '<p>Inputs were looked at in a few steps of each epoch, weights at its end; a changed integer is '
+        'another one than at the record before.</p>'
+    )
+    out += _epochs(content)
+    if len(epochs) > 1:
+        out += _image(training_curves.range_chart(epochs), 'ranges over the epochs')
+        out += _image(training_curves.clipping_chart(epochs), 'clipped values over the epochs')
+        out += _image(training_curves.progress_chart(content), 'changed weights and metrics over the epochs')
+    return f'{out}<details><summary>Every range</summary>{_trained_ranges(epochs)}</details>'
+
+
+def _share(value: Optional[float]) -> Optional[str]:
+    return None if value is None else f'{100 * value:.3g}%'
+
+
+def _epochs(content: Mapping[str, Any]) -> str:
+    """One line for each record and each validation, in their order."""
+    lines: Dict[int, Dict[str, Any]] = {}
+    for entry in content['epochs']:
+        totals = {key: _share(value) for key, value in entry['totals'].items()}
+        lines[entry['step']] = {'epoch': entry['epoch'], 'loss': entry['losses'].get('loss'), **totals}
+    for entry in content['validations']:
+        lines.setdefault(entry['step'], {'epoch': entry['epoch']}).update(mAP=entry['mAP'], NDS=entry['NDS'])
+    keys = ('loss', 'clipped_activations', 'clipped_weights', 'changed_codes', 'mAP', 'NDS')
+    rows = [[f'{line["epoch"]:.4g}', *(line.get(k) for k in keys)] for _, line in sorted(lines.items())]
+    header = ['epochs', 'loss', 'clipped inputs', 'clipped weights', 'changed integers', 'mAP', 'NDS']
+    return _table(header, rows, len(header))
+
+
+def _trained_ranges(epochs: Sequence[Mapping[str, Any]]) -> str:
+    first = {(row['name'], row['tensor']): row['range'] for row in epochs[0]['layers']}
+    rows = []
+    for row in epochs[-1]['layers']:
+        start, end = first.get((row['name'], row['tensor'])), row['range']
+        ratio = f'{end / start:.3f}' if start and end is not None else None
+        shown = [None if v is None else f'{v:.4g}' for v in (start, end)]
+        rows.append(
+            [row['name'], row['tensor'], *shown, ratio, _share(row['clipped']), _share(row['changed'])]
+        )
+    header = ['layer', 'tensor', 'range at the start', 'at the end', 'ratio', 'clipped', 'changed integers']
+    return f'<div class="scroll">{_table(header, rows, 5)}</div>'
+
+
 def _float_detections(
     run: Run, found: Detections, data_root: str, version: str
 ) -> Tuple[Optional[Detections], str]:
@@ -240,6 +289,7 @@ def build(run: Run, data_root: Optional[str] = None, version: Optional[str] = No
         'AP by class': lambda: _per_class(run),
         'AP by distance': lambda: more['distance'],
         'A frame': lambda: more['frame'],
+        'Training': lambda: _training(run),
         'Recipe': lambda: _recipe(run),
         'Coverage': lambda: _coverage(run),
         'Sensitivity': lambda: _sensitivity(run),

@@ -30,6 +30,7 @@ class Run:
         no_results: Why there is no such path; empty where there is one.
         sensitivity: ``sensitivity.json``.
         sweep: ``sweep.json``.
+        training: ``training.json``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,6 +45,7 @@ class Run:
         self.no_results = ''
         self.sensitivity: Optional[Dict[str, Any]] = None
         self.sweep: Optional[Dict[str, Any]] = None
+        self.training: Optional[Dict[str, Any]] = None
 
 
 def target_of(recipe: Optional[Mapping[str, Any]]) -> str:
@@ -149,6 +151,7 @@ def find_run(
     out.histograms = _read(folder, 'histograms.json')
     out.sensitivity = _read(sensitivity or folder, 'sensitivity.json')
     out.sweep = _read(sweep or folder, 'sweep.json')
+    out.training = _read(folder, 'training.json')
     out.results, out.no_results = _results(folder, out.run)
     out.metrics = _metrics(folder, out.run)
     if float_run is not None:

@@ -19,6 +19,7 @@ from q3d_plugin.files import check_writable, plain, write_text
 from q3d_plugin.mmdet3d.checkpoints import check_checkpoint
 from q3d_plugin.mmdet3d.data import calibration_loader, frame_name
 from q3d_plugin.mmdet3d.distillation import attach_teacher, head_of, known_outputs, load_teacher
+from q3d_plugin.mmdet3d.record import RunRecord
 from q3d_plugin.progress import with_progress
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.run_record import write_run
@@ -54,6 +55,7 @@ class QuantHook(Hook):
         self._source = 'checkpoint'
         self._training: Optional[QuantTraining] = None
         self._teacher = ''
+        self._record: Optional[RunRecord] = None
 
     @staticmethod
     def _model(runner):
@@ -89,9 +91,7 @@ class QuantHook(Hook):
         if runner._resume and self.recipe.mode == 'qat':
             # The optimizer is loaded next, and has to have the learned ranges by then.
             checkpoints.load_quantizers(self._model(runner), state)
-            stamped = (checkpoint.get('meta') or {}).get(checkpoints.META_KEY) or {}
-            self._teacher = stamped.get('teacher', '')
-            self._start_training(runner, resumed=True)
+            self._start_training(runner, checkpoint.get('meta'))
 
     def before_train(self, runner) -> None:
         """Calibrates the model that training starts from.
@@ -109,24 +109,22 @@ class QuantHook(Hook):
         self._ensure_calibrated(runner)
         if self._training is None:
             self._start_training(runner)
+        self._record = RunRecord(runner, self._training)
 
-    def _start_training(self, runner, resumed: bool = False) -> None:
-        model, teacher = self._model(runner), None
-        if self.recipe.training.distillation is not None:
-            teacher = self._make_teacher(model, resumed)
+    def _start_training(self, runner, resumed: Optional[Dict] = None) -> None:
+        model, distillation = self._model(runner), self.recipe.training.distillation
+        teacher = None if distillation is None else self._make_teacher(model, resumed)
         self._training = QuantTraining(model, self.recipe)
         self._spread_parameters(runner, model)
         if teacher is not None:
-            attach_teacher(model, teacher, self.recipe.training.distillation)
+            attach_teacher(model, teacher, distillation)
 
-    def _make_teacher(self, model, resumed: bool):
+    def _make_teacher(self, model, resumed: Optional[Dict]):
+        """The teacher: a copy of the model as it is or, after a resume, as it was at the start."""
         teacher, given = frozen_copy(model), self.recipe.training.distillation.teacher
-        if given or resumed:
-            if not (given or self._teacher):
-                raise Q3DError(
-                    f'{self.recipe.place}.training.distillation.teacher: the checkpoint to resume from does '
-                    'not say which teacher it had; the float checkpoint that training started from would work'
-                )
+        if resumed is not None and not given:
+            self._teacher = checkpoints.teacher_of(resumed, self.recipe, self._source)
+        if resumed is not None or given:
             load_teacher(teacher, given or self._teacher)
         return teacher
 
@@ -157,6 +155,35 @@ class QuantHook(Hook):
         """
         self._training.before_step(runner.iter / max(1, len(runner.train_dataloader)))
 
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Records the ranges and more after each pass over the frames, in loops that count by steps.
+
+        Args:
+            runner (Runner): The runner of the training process.
+            batch_idx (int): The index of the current batch.
+            data_batch: Not used.
+            outputs: Not used.
+        """
+        self._record.after_step(runner)
+
+    def after_train_epoch(self, runner) -> None:
+        """Records the ranges and more, in the log, the visualizer and ``training.json``.
+
+        Args:
+            runner (Runner): The runner of the training process.
+        """
+        self._record.after_epoch(runner)
+
+    def after_val_epoch(self, runner, metrics: Optional[Dict[str, float]] = None) -> None:
+        """Puts mAP and NDS beside the ranges, where validation belongs to a training.
+
+        Args:
+            runner (Runner): The runner of the validation process.
+            metrics (dict): Of the validation, by name.
+        """
+        if self._record is not None:
+            self._record.after_validation(runner, metrics)
+
     def before_val(self, runner) -> None:
         """Calibrates, where validation runs on its own.
 
@@ -185,11 +212,8 @@ class QuantHook(Hook):
             runner (Runner): The runner of the training process.
             checkpoint (dict): What will be saved.
         """
-        checkpoint.setdefault('meta', {})[checkpoints.META_KEY] = checkpoints.stamp(
-            self.recipe, self._model(runner)
-        )
-        if self._teacher:
-            checkpoint['meta'][checkpoints.META_KEY]['teacher'] = self._teacher
+        stamp = checkpoints.stamp(self.recipe, self._model(runner), self._teacher)
+        checkpoint.setdefault('meta', {})[checkpoints.META_KEY] = stamp
 
     def _ensure_calibrated(self, runner) -> None:
         model = self._model(runner)

@@ -65,17 +65,18 @@ def read_checkpoint(filename: str, source: str) -> Dict[str, Any]:
     return checkpoint
 
 
-def pack_recipe(recipe: Recipe, model: Optional[nn.Module] = None) -> Tensor:
+def pack_recipe(recipe: Recipe, model: Optional[nn.Module] = None, teacher: str = '') -> Tensor:
     """The recipe as a tensor: OpenPCDet's training checkpoints have no place but the ``state_dict``.
 
     Args:
         recipe: Any recipe.
         model: As in :func:`q3d_plugin.checkpoints.stamp`.
+        teacher: As there.
 
     Returns:
         Tensor: (N,) uint8, the JSON text.
     """
-    text = json.dumps(checkpoints.stamp(recipe, model), sort_keys=True)
+    text = json.dumps(checkpoints.stamp(recipe, model, teacher), sort_keys=True)
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 

@@ -25,11 +25,13 @@ from q3d_plugin.coverage import coverage, coverage_table
 from q3d_plugin.errors import Q3DError, near_matches
 from q3d_plugin.openpcdet.checkpoints import pack_recipe, read_checkpoint, unpack_recipe
 from q3d_plugin.openpcdet.data import calibration_loader, frame_name, rank_and_world
+from q3d_plugin.openpcdet.distillation import known_outputs
 from q3d_plugin.openpcdet.recipe import PATH, check_model_cfg
 from q3d_plugin.openpcdet.training import STEPS_KEY, DetectorTraining
 from q3d_plugin.progress import with_progress
 from q3d_plugin.run_record import write_run
 from q3d_plugin.trained_range import LOG2_KEY
+from q3d_plugin.training.distillation import check_distillation
 
 __all__ = ['QuantDetectorMixin']
 
@@ -64,13 +66,17 @@ class QuantDetectorMixin:
         self._q3d_ready = self._q3d_prepared = False
         self._q3d_training: Optional[DetectorTraining] = None
         self._q3d_saved = set()
+        self._q3d_teacher = ''
         self._q3d_logger = getattr(dataset, 'logger', None) or logging.getLogger('q3d_plugin')
+        if recipe.mode == 'qat':
+            head = type(getattr(self, 'dense_head', None)).__name__
+            check_distillation(recipe.training.distillation, known_outputs(self), recipe.place, head)
         lifecycle.configure(self, recipe, self._q3d_logger)
         self.register_buffer(RECIPE_KEY, pack_recipe(recipe))
         self.register_buffer(STEPS_KEY, torch.zeros((), dtype=torch.int64))
 
     def _q3d_note_recipe(self) -> None:
-        packed = pack_recipe(self.quant_recipe, self)
+        packed = pack_recipe(self.quant_recipe, self, self._q3d_teacher)
         self._buffers[RECIPE_KEY] = packed.to(self._buffers[RECIPE_KEY].device)
 
     # Loading.
@@ -176,13 +182,16 @@ class QuantDetectorMixin:
         if self.quant_recipe.mode == 'qat':
             meta = unpack_recipe(given.get(RECIPE_KEY))
             checkpoints.check_training_of(meta, self.quant_recipe, source)
+            distillation = self.quant_recipe.training.distillation
+            if distillation is not None and not distillation.teacher:
+                self._q3d_teacher = checkpoints.teacher_of(meta, self.quant_recipe, source)
         # Before steps were counted here, OpenPCDet's own count of iterations tells them.
         steps = int(given.get(STEPS_KEY, checkpoint.get('it') or 0))
         state = self._q3d_fitted(given, source, steps)
         if self.quant_recipe.mode == 'qat':
             # Model and optimizer need their learned ranges before those are loaded.
             checkpoints.load_quantizers(self, state)
-            self._q3d_training = DetectorTraining(self, self.quant_recipe, optimizer)
+            self._q3d_training = DetectorTraining(self, self.quant_recipe, optimizer, self._q3d_teacher)
         self._q3d_ready = self._q3d_prepared = False
         super()._load_state_dict(state, strict=True)
 
@@ -258,7 +267,12 @@ class QuantDetectorMixin:
             if late:
                 self._q3d_training.check_not_wrapped()
             self._q3d_training.before_step(batch_dict['batch_size'])
-        return super().forward(batch_dict)
+        if not self.training or self._q3d_training is None:
+            return super().forward(batch_dict)
+        out = self._q3d_training.forward(batch_dict, super().forward)
+        shown = self._q3d_training.scalars(out[1], _folder_of(self._q3d_logger), self._q3d_logger)
+        out[1].update(shown)
+        return out
 
     def _q3d_prepare(self) -> None:
         """Gives the detector its ranges, and in training what else training needs, unless that is done."""
@@ -304,16 +318,19 @@ class QuantDetectorMixin:
             self._q3d_note_recipe()
         logger.info(f'QuantDetector: calibrated on {seen} frames in {time.time() - start:.1f} s')
         folder = _folder_of(logger)
-        if rank_and_world()[0] == 0 and folder is not None:
+        if folder is not None:
             name = 'quantized.pth'
             if self._q3d_saved:
                 # --eval_all: one run tests several float checkpoints.
                 name = f'quantized_{Path(self._q3d_source).stem}.pth'
             path = os.path.join(folder, name)
             self._q3d_saved.add(path)
-            checkpoints.save_checkpoint(self, self.quant_recipe, path, state_key='model_state')
-            logger.info(f'QuantDetector: quantized checkpoint saved as {path}')
-        elif folder is None:
+            if rank_and_world()[0] == 0:
+                checkpoints.save_checkpoint(self, self.quant_recipe, path, state_key='model_state')
+                logger.info(f'QuantDetector: quantized checkpoint saved as {path}')
+            self._q3d_teacher = os.path.abspath(path)
+            self._q3d_note_recipe()
+        else:
             logger.warning('QuantDetector: the log goes to no file, so no folder for quantized.pth is known')
         if rank_and_world()[1] > 1:
             dist.barrier()

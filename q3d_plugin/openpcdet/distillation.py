@@ -133,12 +133,14 @@ def _watched(head: nn.Module, seen: Callable[[HeadOutputs], None]) -> Iterator[N
 
     handles = [head.register_forward_pre_hook(before)]
     if hasattr(head, 'heads_list'):
-        if head.training:
-            handles.append(
-                head.register_forward_hook(lambda *_: seen(outputs_of(head.forward_ret_dict['pred_dicts'])))
-            )
-        else:
-            head.__dict__[_DECODING] = lambda *_: seen(outputs_of(head.forward_ret_dict['pred_dicts']))
+
+        def kept(*_):
+            seen(outputs_of(head.forward_ret_dict['pred_dicts']))
+
+        handles.append(head.register_forward_hook(kept))
+        if not head.training:
+            # Whoever is interested in the outputs alone can end the pass before they are decoded.
+            head.__dict__[_DECODING] = kept
     elif hasattr(head, 'heatmap_head'):
         predict = head.predict
 

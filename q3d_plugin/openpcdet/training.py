@@ -1,8 +1,10 @@
 """Quantization-aware training in OpenPCDet, whose script tells a detector neither optimizer nor epoch."""
 
 import gc
+import logging
 import weakref
-from typing import Any, List, Optional
+from collections.abc import Callable, Mapping
+from typing import Any, Dict, List, Optional
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,6 +13,8 @@ from torch.utils.data import Dataset
 
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.openpcdet.data import rank_and_world
+from q3d_plugin.openpcdet.distillation import Distillation, make_teacher
+from q3d_plugin.openpcdet.record import RunRecord
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.training import QuantTraining
 
@@ -36,15 +40,20 @@ class DetectorTraining:
         model: The calibrated detector, on its device and with the buffer; it holds its data set.
         recipe: With ``mode='qat'``.
         optimizer: The script's, or its wrapper, where it is known.
+        teacher: The checkpoint that the teacher is made of; empty for the model as it is.
 
     Attributes:
         session: The training as it is in every framework.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, optimizer: Any = None) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, optimizer: Any = None, teacher: str = '') -> None:
+        spec, self._distillation = recipe.training.distillation, None
+        if spec is not None:
+            self._distillation = Distillation(model, make_teacher(model, spec.teacher or teacher), spec)
         self.session = QuantTraining(model, recipe)
         self._model = weakref.ref(model)
         self._steps: Optional[int] = None
+        self._record: Optional[RunRecord] = None
         self._batch_size = 0
         self._watch = None
         if self.session.parameters:
@@ -97,6 +106,26 @@ class DetectorTraining:
         self.session.before_step(self._steps / iterations_per_epoch(model.dataset, self._batch_size))
         self._steps += 1
         counter.fill_(self._steps)
+
+    def forward(self, batch_dict: Dict[str, Any], forward: Callable[[Dict[str, Any]], Any]) -> Any:
+        """A forward pass in training, with the losses of distillation where the recipe asks for them.
+
+        Args:
+            batch_dict: On the device of the model.
+            forward: The detector's own forward pass.
+        """
+        if self._distillation is None:
+            return forward(batch_dict)
+        return self._distillation.run(batch_dict, forward)
+
+    def scalars(
+        self, shown: Mapping[str, Any], folder: Optional[str], logger: logging.Logger
+    ) -> Dict[str, float]:
+        """Scalars of a step for TensorBoard: see :meth:`~q3d_plugin.openpcdet.record.RunRecord.scalars`."""
+        if self._record is None:
+            self._record = RunRecord(self.session, folder, logger, self._steps - 1)
+        epoch = iterations_per_epoch(self._model().dataset, self._batch_size)
+        return self._record.scalars(self._steps, epoch, shown)
 
     def end(self) -> None:
         """Has the ranges stay what they are."""

@@ -1,6 +1,6 @@
 """A model in quantization-aware training, as both adapters drive it."""
 
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from q3d_plugin.training.ranges import (
     range_parameters,
     train_ranges,
 )
+from q3d_plugin.training.record import TrainingRecord
 
 __all__ = ['QuantTraining']
 
@@ -41,11 +42,13 @@ class QuantTraining:
 
     Attributes:
         group: The learned ranges in their optimizer; None before they are in one, or where there are none.
+        record: What the training makes of ranges and weights.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model, self.spec = model, recipe.training
         self.group: Optional[RangeGroup] = None
+        self.record = TrainingRecord(model)
         train_ranges(model, self.spec.ranges)
         if _before_state not in model._state_dict_pre_hooks.values():
             model.register_state_dict_pre_hook(_before_state)
@@ -83,6 +86,20 @@ class QuantTraining:
         learning = schedule.learn_until is None or epoch < schedule.learn_until
         if self.group is not None:
             self.group.lr_factor = ranges.lr_factor if learning else 0.0
+        self.record.start(epoch)
+        self.record.sample_now(epoch)
+
+    def finish_epoch(self, epoch: float) -> Dict[str, Any]:
+        """A record of ranges, clipped values and changed weights; every process has to ask for it.
+
+        Args:
+            epoch: Epochs since the start of training, with fractions.
+
+        Returns:
+            dict: See :meth:`q3d_plugin.training.record.TrainingRecord.finish_epoch`.
+        """
+        follow_weights(self.model)
+        return self.record.finish_epoch(epoch)
 
     def end(self) -> None:
         """Has the ranges stay what they are; none is a parameter any more."""
