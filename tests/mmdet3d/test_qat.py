@@ -145,6 +145,26 @@ def test_settings_of_the_framework_work_with_learned_ranges(runner, float_checkp
     assert all(r.isfinite().all() and (r > 0).all() for r in steps[-1])
 
 
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(runner, float_checkpoint, tmp_path, monkeypatch):
+    changes = {**SHORT, 'train_cfg.max_epochs': 2}
+    save = torch.save
+
+    def fill(content, file, *args, **kwargs):
+        if isinstance(content, dict) and content.get('meta', {}).get('epoch') == 2:
+            getattr(file, 'write', lambda _: None)(b'PK')
+            raise OSError(28, 'No space left on device')
+        save(content, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, 'save', fill)
+    with pytest.raises(OSError, match='No space left'):
+        runner(float_checkpoint, recipe_of(), work_dir=tmp_path / 'qat', **changes).train()
+    assert (tmp_path / 'qat' / 'last_checkpoint').read_text() == str(tmp_path / 'qat' / 'epoch_1.pth')
+    monkeypatch.undo()
+    again = runner(None, recipe_of(), work_dir=tmp_path / 'qat', **{**changes, 'resume': True})
+    again.train()
+    assert again.epoch == 2 and load(str(tmp_path / 'qat' / 'epoch_2.pth'))['meta']['epoch'] == 2
+
+
 def test_a_range_that_reaches_zero_stops_training_before_a_checkpoint(runner, float_checkpoint, tmp_path):
     recipe = recipe_of(scale='linear', lr_factor=1e6)
     made = runner(float_checkpoint, recipe, work_dir=tmp_path / 'qat', **SHORT)
@@ -235,10 +255,11 @@ def test_a_teacher_of_another_architecture_is_refused(runner, float_checkpoint, 
 # Processes.
 
 
-def run_ranks(world, folder, toy_root, checkpoint, training, dies=False):
+def run_ranks(world, folder, toy_root, checkpoint, training, frames=2, dies=False):
     folder.mkdir()
+    recipe = {**RECIPE, 'training': training, 'calibration': {'frames': frames}}
     changes = {
-        'custom_hooks.0.recipe': {**RECIPE, 'training': training},
+        'custom_hooks.0.recipe': recipe,
         'model.pts_bbox_head.type': 'MeanLossHead',
         'load_from': str(checkpoint),
         'work_dir': str(folder / 'work'),
@@ -277,13 +298,21 @@ def run_ranks(world, folder, toy_root, checkpoint, training, dies=False):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'ranges',
-    [dict(scale='log2'), dict(scale='linear', lr_factor=1.0), dict(weight='fixed', activation='moving')],
+    'frames, ranges',
+    [
+        (2, dict(scale='log2')),
+        # Three frames for two processes, and one: then the other has none.
+        (3, dict(scale='linear', lr_factor=1.0)),
+        (1, dict(weight='fixed', activation='moving')),
+    ],
     ids=['log2', 'linear', 'moving'],
 )
-def test_two_processes_train_as_one_does(toy_root, float_checkpoint, tmp_path, ranges):
-    (one,) = run_ranks(1, tmp_path / 'one', toy_root, float_checkpoint, dict(ranges=ranges))
-    two = run_ranks(2, tmp_path / 'two', toy_root, float_checkpoint, dict(ranges=ranges))
+def test_two_processes_train_as_one_does(toy_root, float_checkpoint, tmp_path, frames, ranges):
+    one, two = (
+        run_ranks(world, tmp_path / str(world), toy_root, float_checkpoint, dict(ranges=ranges), frames)
+        for world in (1, 2)
+    )
+    (one,) = one
     for rank in two:
         assert all(torch.equal(a, b) for a, b in zip(one['ranges'], rank['ranges']))
         for name, value in one['parameters'].items():
