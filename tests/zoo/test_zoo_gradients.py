@@ -1,0 +1,27 @@
+"""Training steps of MMDetection3D's own detectors, quantized: every parameter learns that does so in float."""
+
+import pytest
+
+pytest.importorskip('mmdet3d')
+
+from zoo_gradients import check_config
+
+from q3d_plugin.frameworks import open_adapter
+
+CONFIGS = (
+    'pointpillars/pointpillars_hv_secfpn_8xb6-160e_kitti-3d-car.py',
+    'second/second_hv_secfpn_8xb6-80e_kitti-3d-car.py',
+    'centerpoint/centerpoint_voxel01_second_secfpn_8xb4-cyclic-20e_nus-3d.py',
+    'centerpoint/centerpoint_pillar02_second_secfpn_8xb4-cyclic-20e_nus-3d.py',
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('config', CONFIGS)
+def test_every_parameter_gets_a_finite_gradient(config):
+    check_config(open_adapter('mmdet3d', None), config, 'log2')
+
+
+@pytest.mark.slow
+def test_every_parameter_gets_a_finite_gradient_with_amp():
+    check_config(open_adapter('mmdet3d', None), CONFIGS[0], 'linear', half=True)
