@@ -1,4 +1,4 @@
-"""Training steps of MMDetection3D's own detectors, quantized: every parameter learns that does so in float."""
+"""Training steps of MMDetection3D's own detectors, quantized: what learns in float does so quantized."""
 
 import pytest
 
