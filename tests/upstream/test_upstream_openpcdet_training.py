@@ -14,6 +14,7 @@ import yaml
 from torch import nn
 
 from q3d_plugin import lifecycle
+from q3d_plugin.openpcdet.checkpoints import read_checkpoint
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.transforms.insert import quantize_
 
@@ -106,7 +107,7 @@ def train(checkout, data, tmp_path):
 
 
 def state_of(path):
-    return torch.load(path, weights_only=True)['model_state']
+    return read_checkpoint(str(path), path.name)['model_state']
 
 
 def test_a_killed_training_is_resumed_and_its_checkpoints_are_evaluated(train):
