@@ -14,6 +14,7 @@ import yaml
 from torch import nn
 
 from q3d_plugin import lifecycle
+from q3d_plugin.openpcdet.checkpoints import read_checkpoint
 from q3d_plugin.recipe import Recipe
 from q3d_plugin.transforms.insert import quantize_
 
@@ -79,12 +80,12 @@ def train(checkout, data, tmp_path):
     content['DATA_CONFIG']['POINT_CLOUD_RANGE'] = [-25.6, -25.6, -5.0, 25.6, 25.6, 3.0]
     config.write_text(yaml.safe_dump(content))
 
-    def run(tag, world=1, epochs=EPOCHS, **environment):
+    def run(tag, world=1, **environment):
         launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}']
         command = [sys.executable, *(launcher if world > 1 else []), str(driver)]
         command += ['--cfg_file', str(config), '--extra_tag', tag, '--batch_size', '2', '--workers', '0']
         command += ['--pretrained_model', str(CONFIGS / 'toy_centerpoint_voxel.pth')]
-        command += ['--epochs', str(epochs), '--fix_random_seed']
+        command += ['--epochs', str(EPOCHS), '--fix_random_seed']
         command += ['--launcher', 'pytorch'] if world > 1 else []
         settings = {
             'DATA_CONFIG.DATA_PATH': data,
@@ -106,7 +107,7 @@ def train(checkout, data, tmp_path):
 
 
 def state_of(path):
-    return torch.load(path, weights_only=True)['model_state']
+    return read_checkpoint(str(path), path.name)['model_state']
 
 
 def test_a_killed_training_is_resumed_and_its_checkpoints_are_evaluated(train):
@@ -131,12 +132,12 @@ def test_a_killed_training_is_resumed_and_its_checkpoints_are_evaluated(train):
     assert sum(not torch.equal(first[k], start[k]) for k in learned) > 0.9 * len(learned)
 
     # Two processes take the ranges of one, and train.
-    done = train('two', world=2, epochs=1)
+    done = train('two', world=2)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.load(train.folder(t) / 'quantized.pth', weights_only=True) for t in ('killed', 'two'))
     assert all(torch.equal(v, two['model_state'][k]) for k, v in one['model_state'].items())
-    end = state_of(train.folder('two') / 'ckpt' / 'checkpoint_epoch_1.pth')
-    assert int(end['q3d_steps']) == 2 and end.keys() == first.keys()
+    end = state_of(train.folder('two') / 'ckpt' / 'checkpoint_epoch_2.pth')
+    assert int(end['q3d_steps']) == 2 * EPOCHS and end.keys() == first.keys()
 
 
 @pytest.fixture(scope='module')
