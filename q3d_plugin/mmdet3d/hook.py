@@ -72,10 +72,9 @@ class QuantHook(Hook):
         if runner._load_from is not None:
             self._source = f'checkpoint {str(runner._load_from)!r}'
             check_checkpoint_file(runner._load_from)
-        model, distillation = self._model(runner), self.recipe.training.distillation
-        if self.recipe.mode == 'qat' and distillation is not None:
-            head = type(head_of(model)).__name__
-            check_distillation(distillation, known_outputs(model), self.recipe.place, head)
+        model = self._model(runner)
+        if self.recipe.mode == 'qat':
+            check_distillation(self.recipe, known_outputs(model), type(head_of(model)).__name__)
         lifecycle.configure(model, self.recipe, runner.logger)
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
@@ -173,6 +172,17 @@ class QuantHook(Hook):
             runner (Runner): The runner of the training process.
         """
         self._record.after_epoch(runner)
+
+    def before_val_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Has ranges go with the weights that are validated, which may be averaged ones.
+
+        Args:
+            runner (Runner): The runner of the validation process.
+            batch_idx (int): The index of the current batch.
+            data_batch: Not used.
+        """
+        if batch_idx == 0 and self._training is not None:
+            self._training.follow_weights()
 
     def after_val_epoch(self, runner, metrics: Optional[Dict[str, float]] = None) -> None:
         """Puts mAP and NDS beside the ranges, where validation belongs to a training.

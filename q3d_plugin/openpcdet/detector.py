@@ -69,8 +69,7 @@ class QuantDetectorMixin:
         self._q3d_teacher = ''
         self._q3d_logger = getattr(dataset, 'logger', None) or logging.getLogger('q3d_plugin')
         if recipe.mode == 'qat':
-            head = type(getattr(self, 'dense_head', None)).__name__
-            check_distillation(recipe.training.distillation, known_outputs(self), recipe.place, head)
+            check_distillation(recipe, known_outputs(self), type(getattr(self, 'dense_head', None)).__name__)
         lifecycle.configure(self, recipe, self._q3d_logger)
         self.register_buffer(RECIPE_KEY, pack_recipe(recipe))
         self.register_buffer(STEPS_KEY, torch.zeros((), dtype=torch.int64))

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers.model import set_enabled
-from q3d_plugin.recipe import DistillationSpec, Place
+from q3d_plugin.recipe import DistillationSpec, Recipe
 
 __all__ = [
     'HeadMaps',
@@ -141,22 +141,22 @@ def distillation_losses(
     return out
 
 
-def check_distillation(
-    spec: Optional[DistillationSpec], known: Sequence[str], place: Place, head: str
-) -> None:
-    """Checks, before anything long begins, that a detector has the outputs that a recipe has distilled.
+def check_distillation(recipe: Recipe, known: Sequence[str], head: str) -> None:
+    """Checks, before anything long begins, that a detector can be distilled as its recipe says.
 
     Args:
-        spec: Of the recipe.
+        recipe: With ``mode='qat'``.
         known: Those of ``heatmap``, ``boxes`` and ``features`` that the detector has.
-        place: Of the recipe.
         head: The type of the head, for messages.
 
     Raises:
-        Q3DError: It lacks one; the names that it has are listed.
+        Q3DError: It lacks outputs that are asked for (the names that it has are listed); or features are to
+            be compared with those of a teacher that has another scale in each channel.
     """
-    place = place.key('training').key('distillation')
-    for name in ('heatmap', 'boxes', 'features') if spec is not None else ():
+    spec, place = recipe.training.distillation, recipe.place.key('training').key('distillation')
+    if spec is None:
+        return
+    for name in ('heatmap', 'boxes', 'features'):
         if getattr(spec, name) and name not in known:
             raise Q3DError.at(
                 place.key(name),
@@ -164,6 +164,13 @@ def check_distillation(
                 f'0 would work: the head {head} has no such outputs; those that can be distilled here are '
                 f'{", ".join(known) or "none"}',
             )
+    if spec.teacher and spec.features and recipe.smoothquant is not None:
+        raise Q3DError.at(
+            place.key('features'),
+            spec.features,
+            '0 would work, or no teacher of your own: SmoothQuant moves scales between layers, so the BEV '
+            'features of the smoothed model have other scales than those of the teacher',
+        )
 
 
 def frozen_copy(model: nn.Module, shared: Sequence[Any] = ()) -> nn.Module:

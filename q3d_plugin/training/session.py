@@ -89,6 +89,10 @@ class QuantTraining:
         self.record.start(epoch)
         self.record.sample_now(epoch)
 
+    def follow_weights(self) -> None:
+        """Sets fixed ranges of weights by the weights that the model has now."""
+        follow_weights(self.model)
+
     def finish_epoch(self, epoch: float) -> Dict[str, Any]:
         """A record of ranges, clipped values and changed weights; every process has to ask for it.
 

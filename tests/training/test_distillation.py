@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from q3d_plugin.errors import Q3DError
-from q3d_plugin.recipe import DistillationSpec, Place
+from q3d_plugin.recipe import DistillationSpec, Recipe
 from q3d_plugin.training.distillation import (
     SEEN,
     HeadMaps,
@@ -112,11 +112,25 @@ def test_weights_of_the_recipe_and_names_of_the_losses():
     assert set(distillation_losses(student, teacher, DistillationSpec(0.0, 0.0, 1.0))) == {'features'}
 
 
+def recipe_of(smoothquant=None, **distillation):
+    return Recipe.from_dict(
+        dict(mode='qat', smoothquant=smoothquant, training=dict(distillation=distillation))
+    )
+
+
 def test_outputs_that_a_detector_lacks_are_refused_with_those_that_it_has():
     with pytest.raises(Q3DError) as caught:
-        check_distillation(DistillationSpec(), ['features'], Place('recipe'), 'Anchor3DHead')
+        check_distillation(recipe_of(), ['features'], 'Anchor3DHead')
     message = str(caught.value)
     assert message.startswith('recipe.training.distillation.heatmap: 1.0 was given')
     assert 'Anchor3DHead' in message and message.endswith('distilled here are features')
-    check_distillation(DistillationSpec(0.0, 0.0, 1.0), ['features'], Place('recipe'), 'Anchor3DHead')
-    check_distillation(None, [], Place('recipe'), 'Anchor3DHead')
+    check_distillation(recipe_of(heatmap=0, boxes=0), ['features'], 'Anchor3DHead')
+    check_distillation(Recipe.from_dict(dict(mode='qat')), [], 'Anchor3DHead')
+
+
+def test_features_of_a_smoothed_model_are_not_those_of_another_teacher():
+    known = ['heatmap', 'boxes', 'features']
+    with pytest.raises(Q3DError, match=r'distillation\.features: 1\.0 was given.*SmoothQuant'):
+        check_distillation(recipe_of({}, teacher='float.pth'), known, 'CenterHead')
+    check_distillation(recipe_of({}, teacher='float.pth', features=0), known, 'CenterHead')
+    check_distillation(recipe_of({}), known, 'CenterHead')
