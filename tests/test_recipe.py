@@ -381,7 +381,7 @@ def _leaves(value, path):
 def test_each_changed_value_is_the_one_difference():
     plain = Recipe.from_dict(dict(target='simulation', skip=['a'])).to_dict()
     leaves = list(_leaves(plain, ()))
-    assert len(leaves) == 26
+    assert len(leaves) == 27
     for path, value in leaves:
         other = copy.deepcopy(plain)
         holder = other

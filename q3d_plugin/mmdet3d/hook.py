@@ -25,6 +25,7 @@ from q3d_plugin.recipe import Recipe
 from q3d_plugin.run_record import write_run
 from q3d_plugin.training import QuantTraining
 from q3d_plugin.training.distillation import check_distillation, frozen_copy
+from q3d_plugin.training.norms import revive_norms, revive_norms_of
 
 __all__ = ['QuantHook']
 
@@ -90,6 +91,7 @@ class QuantHook(Hook):
         if runner._resume and self.recipe.mode == 'qat':
             # The optimizer is loaded next, and has to have the learned ranges by then.
             checkpoints.load_quantizers(self._model(runner), state)
+            revive_norms_of(self._model(runner), state)
             self._start_training(runner, checkpoint.get('meta'))
 
     def before_train(self, runner) -> None:
@@ -113,6 +115,10 @@ class QuantHook(Hook):
     def _start_training(self, runner, resumed: Optional[Dict] = None) -> None:
         model, distillation = self._model(runner), self.recipe.training.distillation
         teacher = None if distillation is None else self._make_teacher(model, resumed)
+        if self.recipe.training.batch_norm == 'kept' and resumed is None:
+            loader, frames = calibration_loader(runner.cfg, self.recipe.calibration, runner.logger)
+            count = revive_norms(model, loader, runner.model.test_step)
+            runner.logger.info(f'QuantHook: {count} BatchNorms are back, by {frames} frames')
         self._training = QuantTraining(model, self.recipe)
         self._spread_parameters(runner, model)
         if teacher is not None:
@@ -132,7 +138,7 @@ class QuantHook(Hook):
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):
                 hook.before_run(runner)  # makes its copy anew
-        if not self._training.parameters:
+        if not self._training.added:
             return
         if is_model_wrapper(runner.model):
             # It knows the parameters that there were when it was made. It goes first, with its hooks.

@@ -32,6 +32,7 @@ from q3d_plugin.progress import with_progress
 from q3d_plugin.run_record import write_run
 from q3d_plugin.trained_range import LOG2_KEY
 from q3d_plugin.training.distillation import check_distillation
+from q3d_plugin.training.norms import revive_norms, revive_norms_of
 
 __all__ = ['QuantDetectorMixin']
 
@@ -186,6 +187,8 @@ class QuantDetectorMixin:
                 self._q3d_teacher = checkpoints.teacher_of(meta, self.quant_recipe, source)
         # Before steps were counted here, OpenPCDet's own count of iterations tells them.
         steps = int(given.get(STEPS_KEY, checkpoint.get('it') or 0))
+        if self.quant_recipe.mode == 'qat':
+            revive_norms_of(self, given)
         state = self._q3d_fitted(given, source, steps)
         if self.quant_recipe.mode == 'qat':
             # Model and optimizer need their learned ranges before those are loaded.
@@ -281,6 +284,8 @@ class QuantDetectorMixin:
             self._q3d_ready = self._q3d_prepared = True
         # Whoever gave it ranges by hand trains it by hand, too.
         if self.training and self._q3d_training is None and self._q3d_prepared:
+            if self.quant_recipe.training.batch_norm == 'kept':
+                self._q3d_revive_norms()
             self._q3d_training = DetectorTraining(self, self.quant_recipe)
 
     def _q3d_get_ranges(self) -> None:
@@ -298,17 +303,27 @@ class QuantDetectorMixin:
         else:
             self._q3d_calibrate()
 
-    def _q3d_calibrate(self) -> None:
-        spec, logger = self.quant_recipe.calibration, self._q3d_logger
+    def _q3d_frames(self):
+        """The frames of calibration: their loader, their number, and the forward pass for each batch."""
 
         def forward(batch):
             load_data_to_gpu(batch)
             return super(QuantDetectorMixin, self).forward(batch)
 
+        return *calibration_loader(self.dataset, self.quant_recipe.calibration, self._q3d_logger), forward
+
+    def _q3d_revive_norms(self) -> None:
+        with _random_state_kept(), torch.autocast(_device_type(self), enabled=False):
+            loader, frames, forward = self._q3d_frames()
+            count = revive_norms(self, loader, forward)
+        self._q3d_logger.info(f'QuantDetector: {count} BatchNorms are back, by {frames} frames')
+
+    def _q3d_calibrate(self) -> None:
+        spec, logger = self.quant_recipe.calibration, self._q3d_logger
         start = time.time()
         # What the run that follows draws must not depend on whether calibration came before it.
         with _random_state_kept(), torch.autocast(_device_type(self), enabled=False):
-            loader, frames = calibration_loader(self.dataset, spec, logger)
+            loader, frames, forward = self._q3d_frames()
             logger.info(
                 f'QuantDetector: calibrating on {frames} frames of the {spec.split} split, seed {spec.seed}'
             )

@@ -78,9 +78,13 @@ class TrainingSpec:
     Attributes:
         ranges: What happens to the ranges.
         schedule: When.
+        batch_norm: ``'folded'``: into the weights before training, as in the engine. ``'kept'``: behind its
+            layer during training, with the statistics of the batches, and folded by whoever loads the
+            checkpoint.
         distillation: Losses towards the float model; None for none.
     """
 
     ranges: RangesSpec = entry(section(RangesSpec), RangesSpec())
     schedule: ScheduleSpec = entry(section(ScheduleSpec), ScheduleSpec())
+    batch_norm: str = entry(choice('folded', 'kept'), 'folded')
     distillation: Optional[DistillationSpec] = entry(optional(section(DistillationSpec)), None)

@@ -8,6 +8,7 @@ from torch import nn
 from q3d_plugin.layers.model import quantizers
 from q3d_plugin.quantizer import Role
 from q3d_plugin.recipe import Recipe
+from q3d_plugin.training.norms import fold_norms, norm_parameters
 from q3d_plugin.training.optimizer import RangeGroup, add_ranges
 from q3d_plugin.training.ranges import (
     check_ranges,
@@ -58,6 +59,11 @@ class QuantTraining:
         """The learned ranges."""
         return range_parameters(self.model)
 
+    @property
+    def added(self) -> List[nn.Parameter]:
+        """All parameters that the model did not have when it was built."""
+        return [*norm_parameters(self.model), *self.parameters]
+
     def add_to(self, optimizer: torch.optim.Optimizer, lasting: Optional[bool] = None) -> None:
         """Has an optimizer learn the ranges; harmless when called again.
 
@@ -66,6 +72,9 @@ class QuantTraining:
             lasting: See :class:`~q3d_plugin.training.optimizer.RangeGroup`.
         """
         ranges = self.parameters
+        known = {id(p) for group in optimizer.param_groups for p in group['params']}
+        # After a resume too, the state of the optimizer counts them in this order.
+        optimizer.param_groups[0]['params'] += [p for p in norm_parameters(self.model) if id(p) not in known]
         if ranges and self.group is None:
             self.group = add_ranges(optimizer, ranges, self.spec.ranges.lr_factor, lasting)
 
@@ -106,8 +115,9 @@ class QuantTraining:
         return self.record.finish_epoch(epoch)
 
     def end(self) -> None:
-        """Has the ranges stay what they are; none is a parameter any more."""
+        """Has the ranges stay what they are, as buffers, and folds the BatchNorms that were back."""
         if self.group is not None:
             self.group.drop()
             self.group = None
         keep_ranges(self.model)
+        fold_norms(self.model)

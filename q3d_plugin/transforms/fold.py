@@ -15,11 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from q3d_plugin.layers import QuantWeightLayer, why_not
 from q3d_plugin.layers.conventions import is_activation, is_sequence, pairs_of
+from q3d_plugin.trained_range import LOG2_KEY
 from q3d_plugin.transforms.folded_norm import FoldedNorm, Handover
 
 __all__ = ['Fold', 'find_pairs', 'fold_', 'fold_state_dict', 'norm_keys']
 
 _NORM_NAMES = {'conv': ('bn', 'norm'), 'linear': ('norm', 'bn'), 'fc': ('bn', 'norm')}
+WEIGHT_RANGE = 'weight_quantizer._amax'
 _NORM_STATE = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 
 
@@ -106,14 +108,17 @@ def find_pairs(root: nn.Module) -> List[Tuple[str, str]]:
     return pairs
 
 
+def _factor(norm: MutableMapping, eps: float) -> Tensor:
+    """(C,) what a BatchNorm multiplies its input by, in float64."""
+    factor = (norm['running_var'].double() + eps).rsqrt()
+    return factor if norm.get('weight') is None else factor * norm['weight'].double()
+
+
 def _folded(
     layer: QuantWeightLayer, weight: Tensor, bias: Optional[Tensor], norm: MutableMapping, eps: float
 ) -> Tuple[Tensor, Tensor]:
     """Weight and bias of the layer with the BatchNorm in it; computed in float64."""
-    mean, var = norm['running_mean'].double(), norm['running_var'].double()
-    factor = (var + eps).rsqrt()
-    if norm.get('weight') is not None:
-        factor = factor * norm['weight'].double()
+    mean, factor = norm['running_mean'].double(), _factor(norm, eps)
     new_bias = -mean if bias is None else bias.double() - mean
     new_bias = new_bias * factor
     if norm.get('bias') is not None:
@@ -154,7 +159,8 @@ def fold_(root: nn.Module, pairs: List[Tuple[str, str]]) -> List[Fold]:
         where = type(root).__name__
         handover = Handover(f'{where}.{layer_name}', f'{where}.{norm_name}', _block_name(holder))
         handover.attach(layer)
-        holder._modules[child] = FoldedNorm(handover)
+        frozen = not all(p.requires_grad for p in norm.parameters()) or getattr(root, 'norm_eval', False)
+        holder._modules[child] = FoldedNorm(handover, norm.eps, norm.momentum, frozen)
         folds.append(Fold(layer_name, norm_name, norm.eps))
     return folds
 
@@ -181,6 +187,8 @@ def fold_state_dict(root: nn.Module, state_dict: MutableMapping, prefix: str, fo
         weight = state_dict.get(layer_prefix + 'weight')
         if weight is None or norm_prefix + 'running_var' not in state_dict:
             continue
+        if root.get_submodule(fold.norm).live:
+            continue
         layer, bias = root.get_submodule(fold.layer), state_dict.get(layer_prefix + 'bias')
         norm = {k: state_dict[norm_prefix + k] for k in _NORM_STATE if norm_prefix + k in state_dict}
         vectors = [v for k, v in norm.items() if k != 'num_batches_tracked'] + (
@@ -193,6 +201,11 @@ def fold_state_dict(root: nn.Module, state_dict: MutableMapping, prefix: str, fo
             del state_dict[norm_prefix + key]
         weight, bias = _folded(layer, weight, bias, norm, fold.eps)
         state_dict[layer_prefix + 'weight'], state_dict[layer_prefix + 'bias'] = weight, bias
+        amax = state_dict.get(layer_prefix + WEIGHT_RANGE)
+        if amax is not None:
+            # Of a training with the BatchNorm in place: the integers stay, their step is another one.
+            state_dict[layer_prefix + WEIGHT_RANGE] = (amax.double() * _factor(norm, fold.eps).abs()).to(amax)
+            state_dict.pop(layer_prefix + WEIGHT_RANGE.replace('_amax', LOG2_KEY), None)
 
 
 def norm_keys(fold: Fold, prefix: str) -> List[str]:

@@ -11,6 +11,7 @@ from typing import Any, Deque, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers import QuantWeightLayer
@@ -131,21 +132,70 @@ class Handover:
 class FoldedNorm(nn.Identity):
     """Returns its input, which at first it checks; has no parameters and no buffers.
 
+    For a training it can be brought back to life: see :meth:`revive`.
+
     Args:
         handover: What the layer that the BatchNorm was folded into returned.
+        eps: Of the BatchNorm.
+        momentum: Of the BatchNorm.
+        frozen: Whether it was one that does not learn.
     """
 
-    def __init__(self, handover: Handover) -> None:
+    def __init__(
+        self, handover: Handover, eps: float = 1e-5, momentum: Optional[float] = 0.1, frozen: bool = False
+    ) -> None:
         super().__init__()
-        self.handover = handover
+        self.handover, self.eps, self.momentum, self.frozen = handover, eps, momentum, frozen
+
+    @property
+    def live(self) -> bool:
+        """Whether it is a BatchNorm again."""
+        return 'weight' in self._parameters
+
+    def revive(self, mean: Tensor, var: Tensor) -> None:
+        """Makes it a BatchNorm again, which at first changes nothing in eval mode.
+
+        Its entries in the ``state_dict`` are those that the BatchNorm of a float checkpoint has, and are
+        folded by whoever loads them without one.
+
+        Args:
+            mean: (C,) mean of the output of the folded layer.
+            var: (C,) its variance.
+        """
+        self.weight = nn.Parameter((var + self.eps).sqrt())
+        self.bias = nn.Parameter(mean.clone())
+        self.register_buffer('running_mean', mean.clone())
+        self.register_buffer('running_var', var.clone())
+        self.register_buffer('num_batches_tracked', torch.zeros((), dtype=torch.long, device=mean.device))
+
+    def bury(self) -> None:
+        """Undoes :meth:`revive`, without folding anything."""
+        self._parameters.clear()
+        self._buffers.clear()
 
     def forward(self, input: Tensor) -> Tensor:
         if self.handover.left and not getattr(self, '_is_replica', False):
             self.handover.check(input)
-        return input
+        if not self.live:
+            return input
+        momentum = self.momentum
+        if self.training:
+            self.num_batches_tracked.add_(1)
+            # As nn.BatchNorm has it: without a momentum the average over all batches.
+            momentum = 1.0 / float(self.num_batches_tracked) if momentum is None else momentum
+        return F.batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            0.0 if momentum is None else momentum,
+            self.eps,
+        )
 
     def extra_repr(self) -> str:
-        return f'in {self.handover.layer}'
+        return f'behind {self.handover.layer}' if self.live else f'in {self.handover.layer}'
 
 
 def _can_look(x: Any) -> bool:
