@@ -300,12 +300,11 @@ def run_ranks(world, folder, toy_root, checkpoint, training, frames=2, dies=Fals
 @pytest.mark.parametrize(
     'frames, ranges',
     [
-        (2, dict(scale='log2')),
         # Three frames for two processes, and one: then the other has none.
         (3, dict(scale='linear', lr_factor=1.0)),
-        (1, dict(weight='fixed', activation='moving')),
+        (1, dict(weight='learned', activation='moving')),
     ],
-    ids=['log2', 'linear', 'moving'],
+    ids=['linear', 'moving'],
 )
 def test_two_processes_train_as_one_does(toy_root, float_checkpoint, tmp_path, frames, ranges):
     one, two = (
