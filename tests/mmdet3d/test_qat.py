@@ -49,7 +49,8 @@ def ranges_of(model):
 
 @pytest.mark.parametrize('scale', ['linear', 'log2'])
 def test_learned_ranges_move_are_saved_and_go_on_after_a_resume(runner, float_checkpoint, tmp_path, scale):
-    recipe = recipe_of(scale=scale)
+    # Adam moves each range by the rate: a tenth of that of the weights for ranges of 0.1.
+    recipe = recipe_of(scale=scale, lr_factor=10.0 if scale == 'log2' else 0.1)
     first = runner(float_checkpoint, recipe, work_dir=tmp_path / 'qat', **SHORT)
     first.train()
     started = load(str(next((tmp_path / 'qat').rglob('quantized.pth'))))['state_dict']
@@ -125,8 +126,8 @@ def test_an_averaged_model_has_the_ranges_too(runner, float_checkpoint, tmp_path
     'changes',
     [
         {'optim_wrapper.accumulative_counts': 2},
-        {'optim_wrapper.clip_grad': dict(max_norm=1e-3, norm_type=2)},
-        {'activation_checkpointing': ['pts_backbone', 'pts_neck']},
+        {'optim_wrapper.clip_grad': dict(max_norm=1.0, norm_type=2)},
+        {'activation_checkpointing': ['pts_backbone']},
     ],
     ids=['accumulation', 'clipping', 'activation checkpointing'],
 )
@@ -141,7 +142,8 @@ def test_settings_of_the_framework_work_with_learned_ranges(runner, float_checkp
     made.register_hook(Look(), 'LOWEST')
     made.train()
     moved = [not torch.equal(a, b) for a, b in zip(*steps)]
-    assert sum(moved) > 0.9 * len(moved)
+    names = [q.name for q, m in zip(lifecycle.quantizers(made.model), moved) if not m]
+    assert sum(moved) > 0.9 * len(moved), names
     assert all(r.isfinite().all() and (r > 0).all() for r in steps[-1])
 
 
@@ -348,6 +350,9 @@ def train_by_command(work_dir, toy_root, checkpoint, epochs, *more, kill_at=''):
         options[f'{name}_dataloader.dataset.data_root'] = f'{toy_root}/'
         options[f'{name}_dataloader.num_workers'] = 0
         options[f'{name}_dataloader.persistent_workers'] = False
+    for name in ('val', 'test'):
+        options[f'{name}_evaluator.data_root'] = f'{toy_root}/'
+        options[f'{name}_evaluator.ann_file'] = f'{toy_root}/nuscenes_infos_val.pkl'
     command = [sys.executable, '-m', 'q3d_plugin', 'train', CONFIG, '--work-dir', work_dir, *more]
     command += ['--cfg-options', *(f'{k}={v}' for k, v in options.items() if v is not None)]
     env = {**os.environ, 'PYTHONPATH': str(REPOSITORY), 'OMP_NUM_THREADS': '1'}

@@ -33,6 +33,7 @@ with double_as_pcdet():
 
     register_parts()
     cfg = EasyDict(MODEL, NAME='QuantCenterPoint', QUANT={'MODE': mode, 'CALIBRATION': {'FRAMES': 3}})
+    cfg.QUANT.TRAINING = EasyDict(RANGES={'WEIGHT': 'fixed', 'ACTIVATION': 'fixed'})
     for section in ('BACKBONE_3D', 'BACKBONE_2D', 'DENSE_HEAD'):
         cfg[section].NAME = f'Quant{cfg[section].NAME}'
     logger = logging.getLogger('ranks')
