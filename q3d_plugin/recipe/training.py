@@ -65,7 +65,7 @@ class DistillationSpec:
         teacher: A checkpoint of the same architecture; None for the model that training starts from.
     """
 
-    heatmap: float = entry(_WEIGHT, 1.0)
+    heatmap: float = entry(_WEIGHT, 4.0)
     boxes: float = entry(_WEIGHT, 0.25)
     features: float = entry(_WEIGHT, 1.0)
     teacher: Optional[str] = entry(optional(text('a checkpoint file')), None)

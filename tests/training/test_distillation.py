@@ -122,7 +122,7 @@ def test_outputs_that_a_detector_lacks_are_refused_with_those_that_it_has():
     with pytest.raises(Q3DError) as caught:
         check_distillation(recipe_of(), ['features'], 'Anchor3DHead')
     message = str(caught.value)
-    assert message.startswith('recipe.training.distillation.heatmap: 1.0 was given')
+    assert message.startswith('recipe.training.distillation.heatmap: 4.0 was given')
     assert 'Anchor3DHead' in message and message.endswith('distilled here are features')
     check_distillation(recipe_of(heatmap=0, boxes=0), ['features'], 'Anchor3DHead')
     check_distillation(Recipe.from_dict(dict(mode='qat')), [], 'Anchor3DHead')
