@@ -203,6 +203,10 @@ class Adapter(ABC):
             batch: Of :meth:`training_batch`; it can be given again.
         """
 
+    def heads_of(self, model: nn.Module) -> List[nn.Module]:
+        """The modules of a model that decode raw outputs."""
+        return [m for m in model.modules() if any(hasattr(m, name) for name in self.decoding)]
+
     def forward_of(self, model: nn.Module) -> Callable[[Any], Dict[str, Tensor]]:
         """The forward pass of a model up to the raw outputs of its head, without decoding.
 
@@ -213,7 +217,7 @@ class Adapter(ABC):
             callable: Takes a batch, and gives tensors by name. It raises :class:`Q3DError` where no head of
             the model decodes by one of the known methods.
         """
-        heads = [m for m in model.modules() if any(hasattr(m, name) for name in self.decoding)]
+        heads = self.heads_of(model)
         return lambda batch: raw_outputs(heads, self.decoding, lambda: self.run(model, batch))
 
 

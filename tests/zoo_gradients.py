@@ -16,10 +16,9 @@ RECIPE = {'mode': 'qat', 'include': ['*'], 'activation': {'calibrator': 'max'}}
 def gradients(adapter, model, frame, half=False):
     """Name -> gradient after a step with the mean square of the head's raw outputs as the loss."""
     forward = adapter.forward_of(model)
-    heads = [m for m in model.modules() if any(hasattr(m, name) for name in adapter.decoding)]
     model.train()
     # In OpenPCDet these flags decide whether a loss is computed, which needs annotations.
-    for module in (model, *heads):
+    for module in (model, *adapter.heads_of(model)):
         module.training = False
     model.zero_grad(set_to_none=True)
     with torch.autocast('cpu', dtype=torch.bfloat16) if half else contextlib.nullcontext():
@@ -40,8 +39,7 @@ def check_config(adapter, config, scale, half=False):
     model = adapter.build(adapter.quantized_config(cfg, recipe.to_dict()))
     lifecycle.configure(model, recipe)
     adapter.load(model, copy.deepcopy(reference.state_dict()))
-    with contextlib.ExitStack():
-        lifecycle.calibrate(model, [frame], lambda batch: adapter.run(model, copy.deepcopy(batch)))
+    lifecycle.calibrate(model, [frame], lambda batch: adapter.run(model, copy.deepcopy(batch)))
     training = QuantTraining(model, recipe)
     training.before_step(0.0)
     got = gradients(adapter, model, frame, half)

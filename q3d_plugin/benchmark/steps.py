@@ -65,8 +65,7 @@ def step_of(
             return adapter.loss(model, annotated)
     else:
         forward = adapter.forward_of(model)
-        heads = [m for m in model.modules() if any(hasattr(m, name) for name in adapter.decoding)]
-        still = [model, *heads]
+        still = [model, *adapter.heads_of(model)]
 
         def loss() -> Tensor:
             outputs = [o for o in forward(subject.inputs).values() if o.requires_grad]

@@ -2,7 +2,14 @@
 
 from q3d_plugin.calibration.inputs import InputSample, InputStatistics
 from q3d_plugin.calibration.ranges import compute_ranges, is_unsigned, ranges_of_samples
-from q3d_plugin.calibration.run import any_of_ranks, collect, evaluating, feed, from_all_ranks
+from q3d_plugin.calibration.run import (
+    any_of_ranks,
+    collect,
+    evaluating,
+    feed,
+    from_all_ranks,
+    several_ranks,
+)
 from q3d_plugin.observer import MagnitudeHistogram
 
 __all__ = [
@@ -17,4 +24,5 @@ __all__ = [
     'from_all_ranks',
     'is_unsigned',
     'ranges_of_samples',
+    'several_ranks',
 ]

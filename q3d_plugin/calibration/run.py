@@ -12,7 +12,7 @@ from q3d_plugin.errors import Q3DError
 from q3d_plugin.observer import MagnitudeHistogram
 from q3d_plugin.quantizer import Quantizer
 
-__all__ = ['any_of_ranks', 'collect', 'evaluating', 'feed', 'from_all_ranks', 'merge_ranks']
+__all__ = ['any_of_ranks', 'collect', 'evaluating', 'feed', 'from_all_ranks', 'merge_ranks', 'several_ranks']
 
 
 def collect(
@@ -101,13 +101,18 @@ def feed(
     return sum(from_all_ranks(number))
 
 
+def several_ranks() -> bool:
+    """Whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def from_all_ranks(value: Any) -> List:
     """``value`` of every rank, in the order of ranks.
 
     Raises:
         Q3DError: Another process has ended.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not several_ranks():
         return [value]
     values = [None] * dist.get_world_size()
     try:

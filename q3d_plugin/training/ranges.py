@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from q3d_plugin import numerics
+from q3d_plugin.calibration import several_ranks
 from q3d_plugin.errors import Q3DError
 from q3d_plugin.layers import QuantWeightLayer
 from q3d_plugin.layers.model import quantizers, units
@@ -22,7 +23,23 @@ __all__ = [
     'note_shares',
     'range_parameters',
     'train_ranges',
+    'weight_layers',
 ]
+
+
+def weight_layers(model: nn.Module) -> List[QuantWeightLayer]:
+    """The layers whose weight has a range of its own, in the order of the model.
+
+    That of a weight that is smoothed by scales from the running input goes with the scales.
+    """
+    return [
+        unit
+        for _, unit in units(model)
+        if isinstance(unit, QuantWeightLayer)
+        and unit.weight_quantizer is not None
+        and unit.weight_quantizer.has_range
+        and not (unit.smooth_spec and unit.smooth_spec.mode == 'dynamic')
+    ]
 
 
 def train_ranges(model: nn.Module, spec: RangesSpec) -> None:
@@ -35,15 +52,12 @@ def train_ranges(model: nn.Module, spec: RangesSpec) -> None:
         model: Calibrated.
         spec: Of the recipe.
     """
-    running = {
-        unit.weight_quantizer
-        for _, unit in units(model)
-        if isinstance(unit, QuantWeightLayer) and unit.smooth_spec and unit.smooth_spec.mode == 'dynamic'
-    }
+    weights = {layer.weight_quantizer for layer in weight_layers(model)}
     for quantizer in quantizers(model):
-        kind = spec.weight if quantizer.role is Role.WEIGHT else spec.activation
-        if quantizer.has_range and quantizer not in running:
-            quantizer.train_range(kind, log2=spec.scale == 'log2')
+        if quantizer in weights:
+            quantizer.train_range(spec.weight, log2=spec.scale == 'log2')
+        elif quantizer.role is Role.ACTIVATION and quantizer.has_range:
+            quantizer.train_range(spec.activation, log2=spec.scale == 'log2')
 
 
 def keep_ranges(model: nn.Module) -> None:
@@ -93,16 +107,8 @@ def _share(amax: Tensor, peaks: Tensor) -> Tensor:
 
 
 def _following(model: nn.Module) -> List[QuantWeightLayer]:
-    """Layers whose weight has a range that is neither learned nor gone with a running scale."""
-    return [
-        unit
-        for _, unit in units(model)
-        if isinstance(unit, QuantWeightLayer)
-        and unit.weight_quantizer is not None
-        and unit.weight_quantizer.has_range
-        and unit.weight_quantizer.trained != 'learned'
-        and not (unit.smooth_spec and unit.smooth_spec.mode == 'dynamic')
-    ]
+    """Layers whose weight has a range of its own that is not learned."""
+    return [layer for layer in weight_layers(model) if layer.weight_quantizer.trained != 'learned']
 
 
 @torch.no_grad()
@@ -133,17 +139,13 @@ def move_ranges(model: nn.Module, momentum: float) -> None:
     if not moving:
         return
     # A process whose batch did not reach a layer has seen nothing there: -1.
-    peaks = torch.stack([_amax(q).new_tensor(-1.0) if q.peak is None else q.peak for q in moving])
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    peaks = torch.stack([q._amax.new_tensor(-1.0) if q.peak is None else q.peak for q in moving])
+    if several_ranks():
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
     # A step towards itself leaves a range what it is; to look which ones were seen would wait for the device.
-    ranges = torch.stack([_amax(q) for q in moving])
+    ranges = torch.stack([q._amax for q in moving])
     for quantizer, peak in zip(moving, torch.where(peaks >= 0, peaks, ranges)):
         quantizer.move(peak, momentum)
-
-
-def _amax(quantizer: Quantizer) -> Tensor:
-    return quantizer._amax
 
 
 def check_ranges(model: nn.Module) -> None:

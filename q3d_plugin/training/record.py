@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from q3d_plugin.layers import QuantWeightLayer
-from q3d_plugin.layers.model import quantizers, units
+from q3d_plugin.calibration import several_ranks
+from q3d_plugin.layers.model import quantizers
 from q3d_plugin.numerics import bounds
 from q3d_plugin.quantizer import Quantizer, Role
 from q3d_plugin.trained_range import levels
+from q3d_plugin.training.ranges import weight_layers
 
 __all__ = ['SAMPLES', 'TrainingRecord', 'changed_codes', 'clipped_share', 'codes_of', 'share']
 
@@ -57,21 +58,6 @@ def changed_codes(before: Tensor, after: Tensor) -> Tensor:
         after: Integers of the same shape.
     """
     return torch.count_nonzero(before != after).double() / max(1, after.numel())
-
-
-def _weight_layers(model: nn.Module) -> Dict[Quantizer, QuantWeightLayer]:
-    """The layers whose weight is quantized by ranges that stand, by quantizer.
-
-    A weight that is smoothed by scales from the running input has other integers for every input.
-    """
-    return {
-        unit.weight_quantizer: unit
-        for _, unit in units(model)
-        if isinstance(unit, QuantWeightLayer)
-        and unit.weight_quantizer is not None
-        and unit.weight_quantizer.has_range
-        and not (unit.smooth_spec and unit.smooth_spec.mode == 'dynamic')
-    }
 
 
 class TrainingRecord:
@@ -147,7 +133,7 @@ class TrainingRecord:
         ranges = torch.stack([q.current_range() for q in found])
         nothing = torch.zeros(2, dtype=torch.long, device=ranges.device)
         counts = torch.stack([nothing if q.clipped is None else q.clipped for q in found])
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if several_ranks():
             dist.all_reduce(counts)
         for quantizer in found:
             quantizer.clipped = None
@@ -157,8 +143,9 @@ class TrainingRecord:
         ]
 
     def _weights(self) -> List[Dict[str, Any]]:
-        layers, found, known = _weight_layers(self.model), [], []
-        for quantizer, layer in layers.items():
+        layers, found, known = weight_layers(self.model), [], []
+        for layer in layers:
+            quantizer = layer.weight_quantizer
             low, high = bounds(quantizer.num_bits, quantizer.unsigned)
             amax = quantizer.current_range()
             rounded = levels(layer.output_first(layer.weight), amax, high, axis=0)
@@ -172,8 +159,8 @@ class TrainingRecord:
         # Read at one go, since reading waits for a CUDA device.
         numbers = torch.stack(found).tolist() if found else []
         return [
-            _row(quantizer, amax, clipped, changed if there else None, layer.weight.numel())
-            for (quantizer, layer), there, (amax, clipped, changed) in zip(layers.items(), known, numbers)
+            _row(layer.weight_quantizer, amax, clipped, changed if there else None, layer.weight.numel())
+            for layer, there, (amax, clipped, changed) in zip(layers, known, numbers)
         ]
 
 

@@ -32,7 +32,7 @@ def subject_on(batch, recipe=None):
     lifecycle.calibrate(model, [batch], model)
     return SimpleNamespace(
         adapter=SimpleNamespace(
-            decoding=('decode',),
+            heads_of=lambda model: [m for m in model.modules() if hasattr(m, 'decode')],
             forward_of=lambda net: lambda x: {'out': net(x), **constant},
             loss=lambda net, frame: net(frame).abs().sum() if net.training else None,
         ),
